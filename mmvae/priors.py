@@ -1,0 +1,90 @@
+r"""Priors over the latent. Each is a module whose ``forward`` gives a distribution that broadcasts over rows.
+
+References:
+    Tomczak, Welling (2018), VAE with a VampPrior, https://arxiv.org/abs/1705.07120
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from mmvae.distributions import DiagNormal, GaussianMixture
+
+Encode = Callable[[Tensor], DiagNormal]
+
+
+class StandardNormal(nn.Module):
+    r""":math:`p(z) = \mathcal N(0, I)`.
+
+    Arguments:
+        event_shape: (D,) or (C, h, w).
+    """
+
+    def __init__(self, event_shape: Sequence[int], **_: object):
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+
+    def forward(self, encode: Encode, device: torch.device) -> Distribution:
+        """A DiagNormal of batch ()."""
+        zeros = torch.zeros(self.event_shape, device=device)
+        return DiagNormal(zeros, zeros, len(self.event_shape))
+
+
+class MixtureOfGaussians(nn.Module):
+    r""":math:`p(z) = \sum_k w_k \mathcal N(\mu_k, e^{v_k})` with learned weights, means and log-variances.
+
+    Arguments:
+        event_shape: (D,) or (C, h, w).
+        num_components: K.
+    """
+
+    def __init__(self, event_shape: Sequence[int], num_components: int = 50, **_: object):
+        super().__init__()
+        self.loc = nn.Parameter(torch.empty(num_components, 1, *event_shape))
+        self.logvar = nn.Parameter(torch.empty(num_components, 1, *event_shape))
+        self.logits = nn.Parameter(torch.empty(num_components, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Means from N(0, 1/2), variances 1/2, equal weights: together close to N(0, I)."""
+        nn.init.normal_(self.loc, std=0.5**0.5)
+        nn.init.constant_(self.logvar, -0.6931)
+        nn.init.zeros_(self.logits)
+
+    def forward(self, encode: Encode, device: torch.device) -> Distribution:
+        """A GaussianMixture of batch (1,)."""
+        return GaussianMixture(DiagNormal(self.loc, self.logvar, self.loc.dim() - 2), self.logits)
+
+
+class VampPrior(nn.Module):
+    r""":math:`p(z) = \sum_k w_k\, q(z \mid u_k)`: the encoder's own posteriors at learned pseudo-inputs.
+
+    Arguments:
+        event_shape: unused; the encoder knows it.
+        num_components: K.
+        pseudo_input_shape: shape of one pseudo-input; what it means is the encoder's business (see ``VAEModel.encode_pseudo_inputs``).
+    """
+
+    def __init__(self, event_shape: Sequence[int], num_components: int = 50, pseudo_input_shape: Sequence[int] = (), **_: object):
+        super().__init__()
+        self.pseudo_inputs = nn.Parameter(torch.empty(num_components, *pseudo_input_shape))
+        self.logits = nn.Parameter(torch.empty(num_components, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Pseudo-inputs from N(0, 1), equal weights."""
+        nn.init.normal_(self.pseudo_inputs)
+        nn.init.zeros_(self.logits)
+
+    def forward(self, encode: Encode, device: torch.device) -> Distribution:
+        """A GaussianMixture of batch (1,)."""
+        return GaussianMixture(encode(self.pseudo_inputs).unsqueeze(1), self.logits)
+
+
+PRIORS: dict[str, type[nn.Module]] = {
+    "standard_normal": StandardNormal,
+    "mixture": MixtureOfGaussians,
+    "vamp": VampPrior,
+}

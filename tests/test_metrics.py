@@ -1,0 +1,111 @@
+"""Metrics: closed forms, and log_marginal against the exact log p(x)."""
+
+import math
+
+import pytest
+import torch
+from linear_gaussian import linear_gaussian
+
+from mmvae.distributions import DiagNormal
+from mmvae.metrics import active_units, bits_per_dim, mutual_information, perplexity, psnr, ssim
+from mmvae.noise import fold
+
+
+def test_mutual_information_of_posteriors_that_never_overlap_is_the_log_of_their_number():
+    q = DiagNormal(100.0 * torch.arange(50.0).unsqueeze(1), torch.zeros(50, 1))
+    assert mutual_information(q) == pytest.approx(math.log(50), abs=1e-5)
+
+
+def test_mutual_information_of_equal_posteriors_is_zero():
+    q = DiagNormal(torch.ones(50, 3), torch.ones(50, 3))
+    assert mutual_information(q) == pytest.approx(0, abs=1e-5)
+
+
+def test_mutual_information_of_pairs():
+    q = DiagNormal(100.0 * (torch.arange(50) // 2).float().unsqueeze(1), torch.zeros(50, 1))
+    assert mutual_information(q) == pytest.approx(math.log(25), abs=1e-5)
+
+
+def test_mutual_information_of_a_gaussian_channel():
+    # z = x + noise with x ~ N(0, 3): I = log(1 + 3) / 2
+    q = DiagNormal(3**0.5 * torch.randn(4000, 1), torch.zeros(4000, 1))
+    assert mutual_information(q) == pytest.approx(0.5 * math.log(4), abs=0.05)
+
+
+def test_mutual_information_is_bounded_and_does_not_depend_on_chunks():
+    for size in (1, 2, 7, 40):
+        q = DiagNormal(5 * torch.randn(size, 2, 2, 2), torch.randn(size, 2, 2, 2), 3)
+        z = q.rsample()
+        value = mutual_information(q, z)
+        assert value <= math.log(size) + 1e-5
+        assert mutual_information(q, z, chunk_size=3) == pytest.approx(value, abs=1e-5)
+
+
+def test_active_units():
+    mean = torch.zeros(100, 2, 2, 2)
+    mean[:, 0, 0, 0] = torch.randn(100)
+    mean[:, 1, 1, 1] = 0.2 * torch.randn(100)
+    mean[:, 0, 1, 0] = 0.01 * torch.randn(100)
+    mean[:, 1, 0, 0] = 7.0
+    assert active_units(mean) == 2
+    assert active_units(mean, threshold=0.5) == 1
+    assert active_units(torch.tensor([[0.0], [1.0]]), threshold=0.5) == 1  # the variance over N - 1 is 1/2
+
+
+def test_conversions():
+    assert bits_per_dim(3 * 8 * 8 * 5 * math.log(2), 3 * 8 * 8) == pytest.approx(5)
+    assert perplexity(12 * math.log(7), 12) == pytest.approx(7)
+    assert perplexity(1e6, 1) == math.inf
+
+
+def test_psnr_and_ssim_of_each_picture():
+    reference = torch.rand(3, 3, 16, 16)
+    pixels = reference.clone()
+    pixels[1] = (pixels[1] + 0.1).clamp(0, 2)
+    received = psnr(pixels, reference)
+    assert received.shape == (3,)
+    assert received[1].item() == pytest.approx(20, abs=1e-3)
+    assert received[0].isinf()
+    value = ssim(pixels, reference)
+    torch.testing.assert_close(value[[0, 2]], torch.ones(2))
+    assert value[1] < 1
+    torch.testing.assert_close(ssim(pixels[1:2], reference[1:2]), value[1:2])
+    assert ssim(torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8)).shape == (2,)
+
+
+@pytest.mark.parametrize("prior", ["standard_normal"])
+def test_log_marginal_is_exact_with_the_exact_posterior(prior):
+    model, x = linear_gaussian(True, prior=prior)
+    for num_samples in (1, 5, 30):
+        received = model.log_marginal(values=x, num_samples=num_samples, chunk_size=4)
+        torch.testing.assert_close(received.double(), model.exact_log_marginal(x), rtol=1e-6, atol=1e-6)
+
+
+def test_log_marginal_converges_with_an_inexact_posterior():
+    model, x = linear_gaussian(False)
+    received = model.log_marginal(values=x, num_samples=20_000)
+    torch.testing.assert_close(received.double(), model.exact_log_marginal(x), atol=0.02, rtol=0)
+
+
+def test_log_marginal_does_not_depend_on_chunks_and_encodes_once_in_bounded_memory():
+    model, x = linear_gaussian(False)
+    keys = fold(0, torch.arange(len(x)))
+    values = []
+    for chunk_size in (1, 7, 100, 1000, None):
+        model.calls, model.most_rows = 0, 0
+        values.append(model.log_marginal(values=x, num_samples=100, chunk_size=chunk_size, noise_key=keys))
+        assert model.calls == 1
+        assert model.most_rows == min(chunk_size or 100, 100) * len(x)
+        torch.testing.assert_close(values[-1], values[0])
+    model.log_marginal(values=x, num_samples=3000)
+    assert model.most_rows <= 2048
+
+
+def test_log_marginal_follows_the_keys():
+    model, x = linear_gaussian(False)
+    keys = fold(0, torch.arange(len(x)))
+    value = model.log_marginal(values=x, num_samples=3, noise_key=keys)
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    torch.testing.assert_close(model.log_marginal(values=x[order], num_samples=3, noise_key=keys[order]), value[order])
+    assert not torch.allclose(model.log_marginal(values=x, num_samples=3, noise_key=keys + 1), value)
+    assert not torch.allclose(model.log_marginal(values=x, num_samples=3), model.log_marginal(values=x, num_samples=3))

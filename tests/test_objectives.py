@@ -1,0 +1,216 @@
+"""Objectives: with the exact posterior every bound is log p(x); otherwise they are ordered, and gradients are what they claim."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from linear_gaussian import linear_gaussian
+
+from mmvae.aggregation import Posterior, alone
+from mmvae.distributions import DiagNormal, GaussianMixture, kl
+from mmvae.objectives import OBJECTIVES, Terms, dreg, elbo, free_bits, iwae, kl_to_prior
+
+SAMPLED = {"sample_posterior": True}
+
+
+def bound(objective, exact: bool, num_samples: int, beta: float = 1.0):
+    model, x = linear_gaussian(exact)
+    return model, x, model(x, objective=objective, num_samples=num_samples, beta=beta, **SAMPLED)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 17])
+@pytest.mark.parametrize("name", ["iwae", "dreg"])
+def test_importance_weighted_bounds_are_exact_with_the_exact_posterior(name, num_samples):
+    model, x, out = bound(OBJECTIVES[name], True, num_samples)
+    torch.testing.assert_close(-out.loss_rows, model.exact_log_marginal(x))
+
+
+def test_elbo_is_exact_with_the_exact_posterior():
+    model, x, _ = bound(elbo, True, 1)
+    out = model(x, num_samples=200_000, **SAMPLED)
+    torch.testing.assert_close(out.elbo, model.exact_log_marginal(x), atol=0.03, rtol=0)
+    torch.testing.assert_close(out.elbo, -out.loss_rows)
+
+
+def test_elbo_falls_short_by_the_divergence_from_the_exact_posterior():
+    model, x, _ = bound(elbo, False, 1)
+    exact, _ = linear_gaussian(True)
+    gap = kl(model.encode(values=x), exact.encode(values=x))
+    out = model(x, num_samples=200_000, **SAMPLED)
+    assert gap.min() > 0.1
+    torch.testing.assert_close(out.elbo + gap, model.exact_log_marginal(x), atol=0.03, rtol=0)
+
+
+def test_iwae_rises_with_the_number_of_samples():
+    values = []
+    for num_samples in (1, 2, 4, 16, 64):
+        model, x, _ = bound(iwae, False, 1)
+        copies = x.repeat_interleave(2000, 0)
+        values.append(-model(copies, objective=iwae, num_samples=num_samples, **SAMPLED).loss.item())
+    exact = model.exact_log_marginal(x).mean().item()
+    assert values == sorted(values)
+    assert values[0] < values[-1] - 0.05
+    assert exact - 0.04 < values[-1] < exact + 0.04
+
+
+def test_iwae_with_one_sample_is_the_sampled_elbo():
+    for beta in (1.0, 0.3):
+        torch.manual_seed(0)
+        model, x, out = bound(iwae, False, 1, beta)
+        q, p, z = model.encode(values=x), model.prior(), out.latents
+        expected = out.log_px - beta * (q.log_prob(z) - p.log_prob(z))
+        torch.testing.assert_close(-out.loss_rows, expected)
+
+
+def gradients(objective, exact: bool, num_samples: int, rows: int):
+    torch.manual_seed(0)
+    model, x = linear_gaussian(exact)
+    copies = x[:1].expand(rows, -1)
+    out = model(copies, objective=objective, num_samples=num_samples, **SAMPLED)
+    names = [name for name, _ in model.named_parameters()]
+    return out.loss.detach(), dict(zip(names, torch.autograd.grad(out.loss, list(model.parameters()))))
+
+
+def test_dreg_has_the_value_of_iwae_and_its_decoder_gradient():
+    for rows, num_samples in ((1, 1), (5, 1), (5, 8)):
+        (loss, grads), (value, reference) = (gradients(objective, False, num_samples, rows) for objective in (dreg, iwae))
+        torch.testing.assert_close(loss, value)
+        for name in ("weight", "bias"):
+            torch.testing.assert_close(grads[name], reference[name])
+        assert not torch.allclose(grads["shift"], reference["shift"])
+
+
+def test_dreg_has_the_encoder_gradient_of_iwae_in_expectation_with_less_variance():
+    (_, grads), (_, reference) = (gradients(objective, False, 8, 20_000) for objective in (dreg, iwae))
+    for name in ("shift", "widen"):
+        torch.testing.assert_close(grads[name], reference[name], atol=0.01, rtol=0.05)
+    spread = [torch.stack([g(objective) for _ in range(100)]).var(0).sum() for objective, g in ((dreg, one_row), (iwae, one_row))]
+    assert spread[0] < spread[1]
+
+
+def one_row(objective):
+    model, x = linear_gaussian(False)
+    return torch.autograd.grad(model(x, objective=objective, num_samples=8, **SAMPLED).loss, model.shift)[0]
+
+
+def test_dreg_leaves_an_exact_encoder_alone():
+    _, grads = gradients(dreg, True, 8, 5)
+    _, reference = gradients(iwae, True, 8, 5)
+    for name in ("shift", "widen"):
+        assert grads[name].abs().max() < 1e-6
+        assert reference[name].abs().max() > 1e-3  # the score term that dreg is free of
+
+
+def terms(rows: int = 4, samples: int = 3, components: int = 1, prior=None) -> Terms:
+    q = DiagNormal(torch.randn(components, rows, 2), torch.randn(components, rows, 2))
+    seen = torch.ones(components, rows, 1, dtype=torch.bool)
+    posterior = Posterior(GaussianMixture(q, torch.randn(components, rows)), {}, seen[0], seen)
+    z = posterior.mixture.stratified(samples)
+    log_px = {"a": torch.randn(samples, components, rows), "b": torch.randn(samples, components, rows)}
+    return Terms(z, log_px, posterior, prior or DiagNormal(torch.zeros(2), torch.zeros(2)))
+
+
+def test_elbo_of_a_mixture_weighs_its_components():
+    t = terms(components=3, samples=5)
+    w = t.q.mixture.log_weights.exp()
+    torch.testing.assert_close(w.sum(0), torch.ones(4))
+    log_px = t.log_px["a"] + t.log_px["b"]
+    expected = (w * (log_px - 0.7 * (t.q.mixture.log_prob(t.z) - t.prior.log_prob(t.z)))).sum(1).mean(0)
+    torch.testing.assert_close(elbo(t, 0.7), expected)
+
+
+def test_an_absent_component_does_not_count():
+    for objective in (elbo, iwae, dreg):
+        t = terms(components=3)
+        logits = t.q.mixture.log_weights.clone()
+        logits[1] = -math.inf
+        t.log_px["a"][:, 1] = 1e6
+        keep = [0, 2]
+        q = t.q.mixture.components
+        with_, without = (
+            Terms(t.z[:, k], {n: v[:, k] for n, v in t.log_px.items()}, make_posterior(q.loc[k], q.logvar[k], logits[k]), t.prior)
+            for k in ([0, 1, 2], keep)
+        )
+        torch.testing.assert_close(objective(with_, 1.0), objective(without, 1.0))
+
+
+def make_posterior(loc, logvar, logits) -> Posterior:
+    seen = torch.ones(*loc.shape[:2], 1, dtype=torch.bool)
+    return Posterior(GaussianMixture(DiagNormal(loc, logvar), logits), {}, seen[0], seen)
+
+
+def test_a_mixture_of_equal_components_is_one_component():
+    loc, logvar = torch.randn(1, 4, 2), torch.randn(1, 4, 2)
+    noise, log_px = torch.randn(6, 1, 4, 2), torch.randn(6, 1, 4)
+    bounds = []
+    for copies in (1, 3):
+        q = make_posterior(loc.expand(copies, 4, 2), logvar.expand(copies, 4, 2), torch.zeros(copies, 4))
+        z = q.mixture.stratified(6, noise.expand(6, copies, 4, 2))
+        t = Terms(z, {"a": log_px.expand(6, copies, 4)}, q, DiagNormal(torch.zeros(2), torch.zeros(2)))
+        bounds.append(torch.stack([iwae(t), -kl_to_prior(t).mean((0, 1)) if copies > 1 else t.log_ratio().mean((0, 1))]))
+    torch.testing.assert_close(*bounds)
+
+
+def test_private_latents_count_in_every_objective():
+    t = terms()
+    private = torch.randn(3, 1, 4)
+    more = Terms(t.z, t.log_px, t.q, t.prior, {"w": private})
+    torch.testing.assert_close(elbo(more, 0.5), elbo(t, 0.5) + 0.5 * private.sum(1).mean(0))
+    expected = (t.likelihood() + t.log_ratio() + private).sum(1).logsumexp(0) - math.log(3)
+    torch.testing.assert_close(iwae(more), expected)
+
+
+def test_free_bits_per_dimension_row_and_batch():
+    kl_ = torch.tensor([[0.1, 0.5], [0.3, 0.0]], requires_grad=True)  # (B, D)
+    assert torch.equal(free_bits(kl_, 0.2), torch.tensor([[0.2, 0.5], [0.3, 0.2]]))
+    assert torch.equal(torch.autograd.grad(free_bits(kl_, 0.2).sum(), kl_)[0], torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    rows = torch.tensor([0.1, 0.5], requires_grad=True)  # (B,)
+    assert torch.equal(free_bits(rows, 0.2, "row"), torch.tensor([0.2, 0.5]))
+    assert torch.equal(torch.autograd.grad(free_bits(rows, 0.2, "row").sum(), rows)[0], torch.tensor([0.0, 1.0]))
+    assert torch.equal(free_bits(rows, 0.2, "batch"), rows)
+    assert torch.equal(free_bits(rows, 0.4, "batch"), torch.tensor([0.4, 0.4]))
+    assert not torch.autograd.grad(free_bits(rows, 0.4, "batch").sum(), rows)[0].any()
+    with pytest.raises(ValueError, match="free_bits_per: received 'word', expected 'dimension', 'row' or 'batch'"):
+        free_bits(rows, 0.4, "word")
+
+
+def test_elbo_with_free_bits():
+    t = terms()
+    q = t.q.mixture.components
+    per_dimension = (0.5 * (q.logvar.exp() + q.loc**2 - 1 - q.logvar)).squeeze(0)
+    log_px = t.likelihood().mean((0, 1))
+    for per, floor in (
+        ("dimension", per_dimension.clamp_min(0.8).sum(1)),
+        ("row", per_dimension.sum(1).clamp_min(0.8)),
+        ("batch", per_dimension.sum(1)),
+    ):
+        torch.testing.assert_close(elbo(t, 0.5, free_bits=0.8, free_bits_per=per), log_px - 0.5 * floor)
+    huge = elbo(t, 1.0, free_bits=100.0, free_bits_per="batch")
+    torch.testing.assert_close(huge, log_px - 100.0)
+    mixture = terms(prior=GaussianMixture(DiagNormal(torch.zeros(2, 1, 2), torch.zeros(2, 1, 2)), torch.zeros(2, 1)))
+    with pytest.raises(ValueError, match="free_bits_per: received 'dimension' with a mixture"):
+        elbo(mixture, free_bits=0.1)
+    assert elbo(mixture, free_bits=0.1, free_bits_per="row").shape == (4,)
+
+
+def test_reported_figures_are_those_of_the_plain_bound():
+    model, x = linear_gaussian(False)
+    for objective in (partial(elbo, free_bits=5.0), iwae, dreg):
+        torch.manual_seed(0)
+        out = model(x, objective=objective, beta=0.1, num_samples=3, **SAMPLED)
+        torch.manual_seed(0)
+        plain = model(x, num_samples=3, **SAMPLED)
+        torch.testing.assert_close(out.elbo, -plain.loss_rows)
+        torch.testing.assert_close(out.elbo, out.log_px - out.kl)
+        torch.testing.assert_close(out.kl, kl(model.encode(values=x), model.prior()))
+
+
+def test_alone_is_a_posterior_of_one_component():
+    q = DiagNormal(torch.randn(4, 2), torch.randn(4, 2))
+    posterior = alone("image", q)
+    assert posterior.mixture.components.batch_shape == (1, 4)
+    assert posterior.visible.shape == (4, 1)
+    assert posterior.members.shape == (1, 4, 1)
+    z = torch.randn(3, 4, 2)
+    torch.testing.assert_close(posterior.mixture.log_prob(z), q.log_prob(z))
