@@ -1,0 +1,273 @@
+"""Networks: convolution trunks for images, a GRU trunk for token sequences, and the vocabulary loss.
+
+Shapes: ``B`` batch, ``C,H,W`` image, ``h,w`` its size at the bottom of the trunk; ``T`` tokens, ``E`` embedding, ``H`` hidden,
+``D`` latent, ``V`` vocabulary.
+Blocks are those that are fast on CPU and GPU alike: space-to-depth instead of a large first convolution, stride-1 convolutions and
+PixelShuffle instead of transposed ones.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "none": lambda channels: nn.Identity(),
+    "group": lambda channels: nn.GroupNorm(max(g for g in range(1, 9) if channels % g == 0), channels),
+    "batch": nn.BatchNorm2d,
+}
+
+
+def fold_leading(x: Tensor, event_dims: int) -> tuple[Tensor, torch.Size]:
+    """(*, *event) -> (N, *event) and the leading shape (*) that ``y.unflatten(0, leading)`` restores."""
+    leading = x.shape[: x.dim() - event_dims]
+    return x.reshape(-1, *x.shape[x.dim() - event_dims :]), leading
+
+
+class ResidualBlock(nn.Module):
+    """``x + conv(act(norm(conv(act(norm(x))))))``, 3x3, with dropout before the second convolution."""
+
+    def __init__(self, channels: int, norm: str = "group", dropout: float = 0.0):
+        super().__init__()
+        self.norm1, self.norm2 = NORMS[norm](channels), NORMS[norm](channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2.starts_at_zero = True  # a block begins as the identity
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        y = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(self.dropout(F.silu(self.norm2(y))))
+
+
+class ConvEncoder(nn.Module):
+    """Space-to-depth by 2 and one level of residual blocks per entry of ``channels``, each level at half the size of the one before.
+
+    Arguments:
+        in_channels: of the image.
+        channels: of every level; the image shrinks by ``2 ** len(channels)``.
+        num_blocks: residual blocks per level.
+        norm: a key of ``NORMS``.
+        dropout: inside the residual blocks.
+    """
+
+    def __init__(self, in_channels: int, channels: Sequence[int], num_blocks: int, norm: str, dropout: float = 0.0):
+        super().__init__()
+        self.stem = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * in_channels, channels[0], 3, padding=1))
+        levels: list[nn.Module] = []
+        for i, width in enumerate(channels):
+            if i:
+                levels.append(nn.Conv2d(channels[i - 1], width, 3, stride=2, padding=1))
+            levels += [ResidualBlock(width, norm, dropout) for _ in range(num_blocks)]
+        self.levels = nn.Sequential(*levels)
+        self.norm = NORMS[norm](channels[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, channels[-1], h, w)."""
+        return F.silu(self.norm(self.levels(self.stem(x))))
+
+
+class ConvDecoder(nn.Module):
+    """The mirror of :class:`ConvEncoder`: residual blocks, then 1x1 convolution and PixelShuffle to the next level.
+
+    Arguments:
+        out_channels: values per pixel.
+        channels: of every level, from the image down, as for the encoder.
+        num_blocks, norm, dropout: as for the encoder.
+    """
+
+    def __init__(self, out_channels: int, channels: Sequence[int], num_blocks: int, norm: str, dropout: float = 0.0):
+        super().__init__()
+        levels: list[nn.Module] = []
+        for i in reversed(range(len(channels))):
+            levels += [ResidualBlock(channels[i], norm, dropout) for _ in range(num_blocks)]
+            if i:
+                levels += [nn.Conv2d(channels[i], 4 * channels[i - 1], 1), nn.PixelShuffle(2)]
+        self.levels = nn.Sequential(*levels)
+        self.norm = NORMS[norm](channels[0])
+        self.head = nn.Sequential(nn.Conv2d(channels[0], 4 * out_channels, 3, padding=1), nn.PixelShuffle(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels[-1], h, w) -> (B, out_channels, H, W)."""
+        return self.head(F.silu(self.norm(self.levels(x))))
+
+
+def receptive_radius(num_levels: int, num_blocks: int) -> int:
+    """How far, in latent pixels, an output of a trunk depends on its input: the halo that makes tiles exact.
+
+    Level ``i`` (0 at the image) has pixels of size ``2 ** (i + 1)``; each residual block reaches 2 of them, stem, head and every change
+    of level one, and the two projections at the bottom one each.
+    """
+    reach = sum((2 * num_blocks + 2) * 2 ** (i + 1) for i in range(num_levels)) + 2
+    return -(-reach // 2**num_levels) + 1
+
+
+class GRUEncoder(nn.Module):
+    """GRU over padded rows whose summary is exact: padding never enters a state, and rows keep their order.
+
+    Arguments:
+        input_size: E.
+        hidden_size: H per direction.
+        num_layers: number of layers.
+        bidirectional: read every row backwards too, from its last real token.
+        dropout: between layers.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, bidirectional: bool = False, dropout: float = 0.0):
+        super().__init__()
+        directions = 2 if bidirectional else 1
+        sizes = [input_size] + [hidden_size * directions] * (num_layers - 1)
+        self.forwards = nn.ModuleList(nn.GRU(size, hidden_size, batch_first=True) for size in sizes)
+        self.backwards = nn.ModuleList(nn.GRU(size, hidden_size, batch_first=True) for size in sizes if bidirectional)
+        self.dropout = nn.Dropout(dropout)
+        self.output_size = hidden_size * directions
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Read rows.
+
+        Arguments:
+            x: (B, T, E).
+            lengths: (B,) real tokens of each row, >= 1; the rest is padding at the right.
+
+        Returns:
+            The states (B, T, H * directions), arbitrary on padding, and the summary (B, H * directions): the last layer's state after
+            the last token, and for the backward direction after the first.
+        """
+        position = torch.arange(x.shape[1], device=x.device)
+        mirror = (lengths.unsqueeze(1) - 1 - position).where(position < lengths.unsqueeze(1), position).unsqueeze(-1)
+        last = (lengths - 1).view(-1, 1, 1)
+        for i, gru in enumerate(self.forwards):
+            y = gru(self.dropout(x) if i else x)[0]
+            ends = [y.gather(1, last.expand(-1, 1, y.shape[-1])).squeeze(1)]
+            if self.backwards:
+                back = self.backwards[i](x.gather(1, mirror.expand_as(x)))[0]
+                ends.append(back.gather(1, last.expand(-1, 1, back.shape[-1])).squeeze(1))
+                y = torch.cat([y, back.gather(1, mirror.expand_as(back))], -1)
+            x = y
+        return x, torch.cat(ends, -1)
+
+
+class GRUDecoder(nn.Module):
+    """Token states given the tokens before and a latent, which is the initial state and part of every input.
+
+    Arguments:
+        vocab_size: V; embedding_size: E; hidden_size: H; latent_dim: D.
+        num_layers: number of layers.
+        embedding_dropout: on the embeddings.
+        dropout: on the states and between layers.
+        tied: make states of width E, to be compared with the embedding, also where H differs from E.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_size: int,
+        hidden_size: int,
+        latent_dim: int,
+        num_layers: int = 1,
+        embedding_dropout: float = 0.0,
+        dropout: float = 0.0,
+        tied: bool = False,
+    ):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab_size, embedding_size)
+        self.embedding_dropout = nn.Dropout(embedding_dropout)
+        self.to_state = nn.Linear(latent_dim, num_layers * hidden_size)
+        between = dropout if num_layers > 1 else 0.0
+        self.gru = nn.GRU(embedding_size + latent_dim, hidden_size, num_layers, batch_first=True, dropout=between)
+        self.dropout = nn.Dropout(dropout)
+        self.to_embedding = nn.Linear(hidden_size, embedding_size) if tied and hidden_size != embedding_size else nn.Identity()
+
+    def forward(self, tokens: Tensor, z: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Read tokens.
+
+        Arguments:
+            tokens: (N, T) int64, BOS first.
+            z: (N, D).
+            hidden: (num_layers, N, H) to go on from; made from z when None.
+
+        Returns:
+            The states to predict from, (N, T, H or E), and the last state (num_layers, N, H).
+        """
+        if hidden is None:
+            hidden = self.to_state(z).tanh().unflatten(1, (self.gru.num_layers, -1)).transpose(0, 1).contiguous()
+        x = self.embedding_dropout(self.embed_tokens(tokens))
+        y, hidden = self.gru(torch.cat([x, z.unsqueeze(1).expand(-1, x.shape[1], -1).to(x.dtype)], -1), hidden.to(x.dtype))
+        return self.to_embedding(self.dropout(y)), hidden
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Token losses with one reused buffer of logits.
+
+    On a CPU, where fresh pages and extra products cost most, the forward pass also makes the gradient for an upstream gradient that is
+    the same for every token (the usual case: rows of equal weight). Any other upstream gradient makes the logits again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, chunk: int) -> Tensor:
+        nll = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        early = x.device.type == "cpu" and any(ctx.needs_input_grad)
+        grads = _LinearCrossEntropy._empty_grads(x, weight, bias) if early else ()
+        for part, logits in _LinearCrossEntropy._logits(x, weight, bias, chunk):
+            wanted = target[part].unsqueeze(1)
+            nll[part] = (torch.logsumexp(logits, 1, keepdim=True) - logits.gather(1, wanted)).squeeze(1)
+            if early:
+                _LinearCrossEntropy._accumulate(grads, part, logits, x, weight, wanted, None)
+        ctx.chunk = chunk
+        ctx.save_for_backward(x, weight, bias, target, *grads)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight, bias, target, *early = ctx.saved_tensors
+        if early and len(grad) and bool((grad == grad[0]).all()):
+            return *(g * grad[0].to(g.dtype) for g in early), None, None
+        grads = _LinearCrossEntropy._empty_grads(x, weight, bias)
+        for part, logits in _LinearCrossEntropy._logits(x, weight, bias, ctx.chunk):
+            _LinearCrossEntropy._accumulate(grads, part, logits, x, weight, target[part].unsqueeze(1), grad[part])
+        return *grads, None, None
+
+    @staticmethod
+    def _empty_grads(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+
+    @staticmethod
+    def _logits(x: Tensor, weight: Tensor, bias: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+        buffer = x.new_empty(min(chunk, len(x)), len(weight))
+        for start in range(0, len(x), chunk):
+            rows = x[start : start + chunk]
+            yield slice(start, start + len(rows)), torch.addmm(bias, rows, weight.t(), out=buffer[: len(rows)]).float()
+
+    @staticmethod
+    def _accumulate(
+        grads: tuple[Tensor, ...], part: slice, logits: Tensor, x: Tensor, weight: Tensor, wanted: Tensor, upstream: Tensor | None
+    ) -> None:
+        p = torch.softmax(logits, 1, out=logits)
+        p.scatter_add_(1, wanted, p.new_full((len(p), 1), -1.0))
+        p = (p if upstream is None else p.mul_(upstream.unsqueeze(1))).to(x.dtype)
+        grads[0][part] = p @ weight
+        grads[1].addmm_(p.t(), x[part])
+        grads[2].add_(p.sum(0))
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, max_logits: int = 1 << 24) -> Tensor:
+    r"""Token losses :math:`-\log \mathrm{softmax}(W x + b)_{target}` in memory that does not grow with tokens times vocabulary.
+
+    Arguments:
+        x: (N, H); weight: (V, H); bias: (V,).
+        target: (N,) int64 in [0, V).
+        max_logits: the most logits that exist at once.
+
+    Returns:
+        (N,) float32, nats.
+    """
+    if x.device.type != "cpu" and x.shape[0] * weight.shape[0] <= max_logits:
+        return F.cross_entropy(F.linear(x, weight, bias).float(), target, reduction="none")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(x, weight, bias, target, max(1, max_logits // weight.shape[0]))

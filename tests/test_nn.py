@@ -1,0 +1,156 @@
+"""Networks: shapes at every size, padding that changes nothing, and token losses equal to those of torch."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, GRUEncoder, ResidualBlock, fold_leading, linear_cross_entropy, receptive_radius
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("channels", [[4], [4, 6], [4, 6, 10]])
+def test_trunks_mirror_each_other(norm, channels):
+    side = 2 ** len(channels)
+    encoder, decoder = ConvEncoder(3, channels, 2, norm), ConvDecoder(5, channels, 2, norm)
+    h = encoder(torch.rand(2, 3, 3 * side, 2 * side))
+    assert h.shape == (2, channels[-1], 3, 2)
+    assert decoder(h).shape == (2, 5, 3 * side, 2 * side)
+
+
+def test_a_residual_block_whose_second_convolution_is_zero_is_the_identity():
+    block = ResidualBlock(4)
+    nn.init.zeros_(block.conv2.weight), nn.init.zeros_(block.conv2.bias)
+    x = torch.randn(2, 4, 5, 5)
+    assert torch.equal(block(x), x)
+    assert block.conv2.starts_at_zero
+
+
+def test_group_norm_takes_any_width():
+    for channels in (1, 2, 7, 8, 12, 13, 36):
+        norm = NORMS["group"](channels)
+        assert channels % norm.num_groups == 0
+        assert norm.num_groups <= 8
+
+
+@pytest.mark.parametrize(("levels", "blocks"), [(1, 0), (1, 1), (2, 1), (2, 2), (3, 1)])
+def test_the_receptive_radius_covers_what_an_output_depends_on(levels, blocks):
+    """The gradient of one output with respect to the input vanishes beyond the radius, and does not vanish everywhere inside."""
+    radius, stride = receptive_radius(levels, blocks), 2**levels
+    side = 2 * radius + 5
+    middle = side // 2
+    bottom = nn.Conv2d(3, 2, 3, padding=1).double()
+    pixels = torch.randn(1, 1, side * stride, side * stride, dtype=torch.float64, requires_grad=True)
+    latent = bottom(ConvEncoder(1, [3] * levels, blocks, "none").double()(pixels))
+    reach = torch.autograd.grad(latent[0, :, middle, middle].sum(), pixels)[0][0, 0].abs()
+    inside = slice((middle - radius) * stride, (middle + radius + 1) * stride)
+    assert reach[inside, inside].any()
+    reach[inside, inside] = 0
+    assert not reach.any()
+
+    top = nn.Conv2d(2, 3, 3, padding=1).double()
+    z = torch.randn(1, 2, side, side, dtype=torch.float64, requires_grad=True)
+    pixels = ConvDecoder(1, [3] * levels, blocks, "none").double()(top(z))
+    core = pixels[..., middle * stride : (middle + 1) * stride, middle * stride : (middle + 1) * stride]
+    reach = torch.autograd.grad(core.sum(), z)[0][0].abs().sum(0)
+    inside = slice(middle - radius, middle + radius + 1)
+    assert reach[inside, inside].any()
+    reach[inside, inside] = 0
+    assert not reach.any()
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_gru_encoder_equals_torch_on_each_row_alone(layers, bidirectional):
+    encoder = GRUEncoder(5, 7, layers, bidirectional).double()
+    reference = nn.GRU(5, 7, layers, batch_first=True, bidirectional=bidirectional).double()
+    for i in range(layers):
+        for gru, suffix in [(encoder.forwards[i], ""), *([(encoder.backwards[i], "_reverse")] if bidirectional else [])]:
+            for name, parameter in gru.named_parameters():
+                getattr(reference, name.replace("_l0", f"_l{i}{suffix}")).data.copy_(parameter.data)
+    lengths = torch.tensor([4, 9, 1, 6])
+    x = torch.randn(4, 9, 5, dtype=torch.float64)
+    x[torch.arange(9) >= lengths.unsqueeze(1)] = 1e6  # padding must not matter
+    states, summary = encoder(x, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        expected, last = reference(x[row : row + 1, :length])
+        torch.testing.assert_close(states[row, :length], expected[0])
+        torch.testing.assert_close(summary[row], last[-2 if bidirectional else -1 :].flatten())
+
+
+def test_padding_takes_no_gradient():
+    encoder = GRUEncoder(3, 4, 2, True)
+    x = torch.randn(2, 6, 3, requires_grad=True)
+    summary = encoder(x, torch.tensor([2, 6]))[1]
+    gradient = torch.autograd.grad(summary.sum(), x)[0]
+    assert not gradient[0, 2:].any()
+    assert gradient[0, :2].any()
+    assert gradient[1].abs().sum(1).all()
+
+
+@pytest.mark.parametrize("max_logits", [1, 40, 1 << 24], ids=["one row at a time", "chunks", "at once"])
+@pytest.mark.parametrize("even", [True, False], ids=["equal rows", "weighted rows"])
+def test_linear_cross_entropy_equals_torch(max_logits, even):
+    parameters = [torch.randn(shape, requires_grad=True) for shape in ((17, 6), (11, 6), (11,))]
+    target = torch.randint(0, 11, (17,))
+    weights = torch.full((17,), 0.3) if even else torch.rand(17)
+    received = linear_cross_entropy(*parameters, target, max_logits)
+    expected = F.cross_entropy(F.linear(*parameters), target, reduction="none")
+    torch.testing.assert_close(received, expected)
+    gradients = torch.autograd.grad((weights * received).sum(), parameters)
+    for gradient, reference in zip(gradients, torch.autograd.grad((weights * expected).sum(), parameters)):
+        torch.testing.assert_close(gradient, reference)
+
+
+def test_linear_cross_entropy_of_some_frozen_parameters():
+    x, weight, bias = torch.randn(7, 6), torch.randn(11, 6), torch.randn(11)
+    target = torch.randint(0, 11, (7,))
+    for frozen in range(3):
+        parameters = [p.clone().requires_grad_(i == frozen) for i, p in enumerate((x, weight, bias))]
+        linear_cross_entropy(*parameters, target).sum().backward()
+        reference = [p.detach().clone().requires_grad_(i == frozen) for i, p in enumerate(parameters)]
+        F.cross_entropy(F.linear(*reference), target, reduction="sum").backward()
+        torch.testing.assert_close(parameters[frozen].grad, reference[frozen].grad)
+    assert not linear_cross_entropy(x, weight, bias, target).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_linear_cross_entropy_in_low_precision(dtype):
+    parameters = [torch.randn(shape, requires_grad=True) for shape in ((17, 6), (11, 6), (11,))]
+    low = [p.detach().to(dtype).requires_grad_() for p in parameters]
+    target = torch.randint(0, 11, (17,))
+    expected = F.cross_entropy(F.linear(*parameters), target, reduction="none")
+    plain = linear_cross_entropy(*low, target)
+    with torch.autocast("cpu", dtype):
+        cast = linear_cross_entropy(*parameters, target)
+    for received, leaves in ((plain, low), (cast, parameters)):
+        assert received.dtype == torch.float32
+        torch.testing.assert_close(received, expected, atol=0.05, rtol=0.02)
+        for gradient, p in zip(torch.autograd.grad(received.sum(), leaves), leaves):
+            assert gradient.dtype == p.dtype
+            assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_linear_cross_entropy_of_no_tokens(even):
+    parameters = [torch.randn(shape, requires_grad=True) for shape in ((0, 6), (11, 6), (11,))]
+    received = linear_cross_entropy(*parameters, torch.zeros(0, dtype=torch.long))
+    assert received.shape == (0,)
+    gradients = torch.autograd.grad(received.sum() if even else (received * torch.rand(0)).sum(), parameters)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_a_nan_upstream_stays_one():
+    x = torch.randn(3, 6, requires_grad=True)
+    loss = linear_cross_entropy(x, torch.randn(11, 6), torch.randn(11), torch.tensor([1, 2, 3]))
+    gradient = torch.autograd.grad(loss, x, torch.tensor([1.0, torch.nan, 1.0]))[0]
+    assert torch.equal(gradient.isnan().any(1), torch.tensor([False, True, False]))
+
+
+def test_fold_leading():
+    x = torch.randn(2, 3, 4, 5)
+    for dims, leading in ((1, (2, 3, 4)), (3, (2,)), (4, ())):
+        flat, shape = fold_leading(x, dims)
+        assert shape == leading
+        assert flat.shape[1:] == x.shape[4 - dims :]
+        assert torch.equal(flat.reshape(x.shape), x)
