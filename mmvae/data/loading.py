@@ -1,0 +1,248 @@
+r"""Any data set by one name: the built-in sprites, a local file or folder, or an id on the Hub.
+
+| name                                     | data                                                                                    |
+|------------------------------------------|-----------------------------------------------------------------------------------------|
+| ``sprites``, ``sprites:3``               | built-in captioned sprites, of a level (see `mmvae.data.sprites`)                       |
+| a folder                                 | pictures (`imagefolder` layout), or jsonl, csv, tsv, parquet or text files, one per split |
+| a file                                   | that file as the split "train"                                                          |
+| anything else                            | an id on the Hub                                                                        |
+
+A name that exists on disk is never looked up on the Hub. Nothing is written beside the data: `datasets` keeps what it
+makes of it in its own cache.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from mmvae.data.sprites import sprites
+from mmvae.noise import fold
+
+_BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+}
+_ALIASES = {
+    "validation": ("validation", "valid", "val", "dev"),
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+}
+_COMMON = {
+    "image": ("image", "img", "picture", "pixel_values"),
+    "text": ("text", "caption", "sentence", "content", "question", "document"),
+    "label": ("label", "labels", "class", "category", "fine_label"),
+}
+_SPLITS = ("train", "validation", "test")
+_HELD_OUT = 0x68656C64
+_SPRITE_ROWS = {"train": 10_000, "validation": 1_000, "test": 1_000}
+
+
+def load_rows(dataset: str, split: str = "train", *, streaming: bool = False, **options: Any) -> Any:
+    """One split of a data set.
+
+    Arguments:
+        dataset: a name of the table at the head of this file.
+        split: "train", "validation" (also found as valid, val or dev), "test", or any other split that the data set
+            has.
+        streaming: read rows as they are needed instead of indexing the set first: for sets larger than the disk. The
+            built-in sprites ignore it.
+        options: for the sprites those of `mmvae.data.sprites.sprites`, otherwise those of `datasets.load_dataset`.
+
+    Returns:
+        A `datasets.Dataset`, `datasets.IterableDataset` or `mmvae.data.Sprites`.
+
+    Raises:
+        FileNotFoundError: ``dataset`` is a path and does not exist.
+        ValueError: the split does not exist.
+    """
+    return _pick(_load(dataset, streaming, options), split, dataset)
+
+
+def splits(dataset: str, *, streaming: bool = False, **options: Any) -> dict[str, Any]:
+    """Training, validation and, where there is one, test rows.
+
+    A data set without a validation split gives one up from its training rows, the same for every run: of a map-style
+        set 5 %, at most
+    5,000 rows, chosen by a fixed permutation; of a stream its first 1,000 rows.
+
+    Arguments:
+        dataset, streaming, options: as for `load_rows`.
+
+    Returns:
+        ``{"train": ..., "validation": ..., "test": ...}``, the last only where it exists.
+
+    Raises:
+        ValueError: there is no training split, or it has fewer than two rows.
+    """
+    loaded = _load(dataset, streaming, options)
+    found = {split: loaded[name] for split in _ALIASES if (name := _find(loaded, split)) is not None}
+    if "train" not in found:
+        raise ValueError(f"{dataset} has no split 'train', expected one of {', '.join(loaded)}")
+    if "validation" not in found:
+        found["train"], found["validation"] = _hold_out(found["train"], dataset)
+    return {split: found[split] for split in _SPLITS if split in found}
+
+
+def _load(dataset: str, streaming: bool, options: dict[str, Any]) -> dict[str, Any]:
+    if dataset.split(":")[0] == "sprites" and not Path(dataset).exists():
+        level = dataset.partition(":")[2] or str(options.pop("level", 3))
+        if not level.isdecimal():
+            raise ValueError(f"{dataset} names the level {level!r}, expected sprites:1 to sprites:5")
+        return {split: sprites(int(level), split, **{"num_rows": n, **options}) for split, n in _SPRITE_ROWS.items()}
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        builder = _BUILDERS.get(path.suffix.lower())
+        if builder is None:
+            raise ValueError(f"{dataset} has the ending {path.suffix!r}, expected one of {', '.join(_BUILDERS)}")
+        return datasets.load_dataset(builder, data_files={"train": str(path)}, streaming=streaming, **_csv([path]), **options)
+    if path.is_dir():
+        files = itertools.islice((file for file in path.rglob("*") if file.is_file()), 1000)
+        return datasets.load_dataset(str(path), streaming=streaming, **_csv(files), **options)
+    if dataset.startswith((".", "/", "~")) or path.suffix.lower() in _BUILDERS:
+        raise FileNotFoundError(f"{dataset} does not exist, expected a file, a folder, a Hub id or 'sprites'")
+    return datasets.load_dataset(dataset, streaming=streaming, **options)
+
+
+def _csv(files: Iterable[Path]) -> dict[str, Any]:
+    """Options under which the words "NA", "None" and "null" stay words, and only an empty cell is a missing value."""
+    kinds = {_BUILDERS.get(file.suffix.lower(), file.suffix.lower()) for file in files} - {".md", ""}
+    if kinds != {"csv"}:
+        return {}
+    return {"keep_default_na": False, "na_values": [""]}
+
+
+def _find(loaded: Iterable[str], split: str) -> str | None:
+    return next((name for name in _ALIASES.get(split, (split,)) if name in loaded), None)
+
+
+def _pick(loaded: dict[str, Any], split: str, dataset: str) -> Any:
+    name = _find(loaded, split)
+    if name is None:
+        raise ValueError(f"{dataset} has no split {split!r}, expected one of {', '.join(loaded)}")
+    return loaded[name]
+
+
+def _hold_out(train: Any, dataset: str) -> tuple[Any, Any]:
+    if isinstance(train, datasets.IterableDataset):
+        return train.skip(1000), train.take(1000)
+    size = max(1, min(len(train) // 20, 5000))
+    if len(train) <= size:
+        raise ValueError(f"{dataset} has {len(train)} training rows and no validation split, expected at least 2 rows")
+    order = fold(_HELD_OUT, torch.arange(len(train))).argsort(stable=True)
+    return train.select(order[size:].sort().values.tolist()), train.select(order[:size].sort().values.tolist())
+
+
+def features_of(rows: Any) -> dict[str, Any]:
+    """Column names and their `datasets` features; a stream that does not know them is asked for its first row."""
+    if rows.features is not None:
+        return dict(rows.features)
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError("the stream has no rows, expected at least 1")
+    return dict(datasets.Dataset.from_list([first]).features)
+
+
+def find_column(rows: Any, kind: str, name: str | None = None) -> str:
+    """The column that holds pictures, text or labels.
+
+    Arguments:
+        rows: what `load_rows` gives.
+        kind: "image", "text" or "label".
+        name: the user's choice, which only has to exist.
+
+    Returns:
+        ``name``; else the only column of that kind; else the one with a common name (text, caption, ...).
+
+    Raises:
+        ValueError: the column does not exist, or none or several fit. The message lists the columns.
+    """
+    features = features_of(rows)
+    listed = ", ".join(f"{column} ({_describe(feature)})" for column, feature in features.items())
+    if kind not in _COMMON:
+        raise ValueError(f"kind must be one of {', '.join(_COMMON)}, got {kind!r}")
+    if name is not None:
+        if name not in features:
+            raise ValueError(f"no column {name!r}, expected one of: {listed}")
+        return name
+    fitting = [column for column, feature in features.items() if _fits(feature, kind)]
+    common = [column for column in _COMMON[kind] if column in (fitting or features)]
+    if len(fitting) == 1 or common:
+        return common[0] if common else fitting[0]
+    found = f"several {kind} columns" if fitting else f"no {kind} column"
+    raise ValueError(f"found {found}; name one of: {listed}")
+
+
+def find_classes(rows: Any, column: str) -> tuple[str, ...]:
+    """Names of the classes of a label column: those that the data set declares, else its different values, sorted.
+
+    Arguments:
+        rows: what `load_rows` gives.
+        column: name of the column.
+
+    Returns:
+        Names in the order of their numbers.
+
+    Raises:
+        ValueError: a stream that declares none, or values that are neither names nor numbers.
+    """
+    feature = features_of(rows)[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple(feature.names)
+    if isinstance(rows, datasets.IterableDataset):
+        raise ValueError(f"column {column!r} of a stream declares no classes, expected a ClassLabel feature")
+    values = set(rows[column])
+    if all(isinstance(value, int) for value in values):
+        return tuple(str(value) for value in range(max(values) + 1))
+    if all(isinstance(value, str) for value in values):
+        return tuple(sorted(values))
+    kinds = ", ".join(sorted({type(value).__name__ for value in values}))
+    raise ValueError(f"column {column!r} holds {kinds}, expected names or whole numbers")
+
+
+def _fits(feature: Any, kind: str) -> bool:
+    if kind == "image":
+        return isinstance(feature, datasets.Image)
+    if kind == "text":
+        return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+    return isinstance(feature, datasets.ClassLabel)
+
+
+def _describe(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+
+
+def content_fingerprint(name: str, rows: Any = None) -> str:
+    """A digest that changes when data that is too large to be read at once changes, the same for every rank and run.
+
+    Of each local file the name, the size and the first and last 4 KiB; of a Hub id the id and the fingerprint that
+    `datasets` gives it.
+
+    Arguments:
+        name: what the data set was loaded by.
+        rows: the loaded set, where it has a fingerprint of its own.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(name.encode() if not Path(name).exists() else b"")
+    path = Path(name).expanduser()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.is_file()
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            head = stream.read(4096)
+            stream.seek(max(size - 4096, 0))
+            digest.update(repr((str(file.relative_to(path)), size, head, stream.read(4096))).encode())
+    if not files:
+        digest.update(str(getattr(rows, "_fingerprint", "")).encode())
+    return digest.hexdigest()

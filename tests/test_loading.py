@@ -1,0 +1,178 @@
+"""Any data set by name: what is found, what is guessed, what is refused."""
+
+import gc
+import json
+import os
+import socket
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from mmvae.data import find_classes, find_column, load_rows, splits
+from mmvae.data.loading import content_fingerprint
+
+REAL = os.environ.get("MMVAE_TEST_DATA")
+needs_real_data = pytest.mark.skipif(not REAL, reason="MMVAE_TEST_DATA is not set: no folder with real data")
+LINES = [f"line number {i}" for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    def refuse(*address):
+        raise AssertionError(f"loading a local set asked the network for {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def folder(path, suffix, split="train"):
+    path.mkdir(exist_ok=True)
+    file = path / f"{split}{suffix}"
+    table = datasets.Dataset.from_dict({"text": LINES})
+    if suffix == ".txt":
+        file.write_text("\n".join(LINES) + "\n")
+    elif suffix == ".parquet":
+        table.to_parquet(file)
+    elif suffix == ".csv":
+        table.to_csv(file, index=False)
+    else:
+        file.write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
+    return file
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # datasets leaves the csv files that it streams open
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_files_and_folders_of_every_kind(tmp_path, suffix, streaming):
+    file = folder(tmp_path / "set", suffix)
+    before = sorted(os.listdir(file.parent))
+    for name in (file, file.parent):
+        rows = load_rows(str(name), streaming=streaming)
+        assert [row["text"] for row in rows] == LINES
+        assert find_column(rows, "text") == "text"
+    del rows
+    gc.collect()  # the warning about an open file comes here, not in a later test
+    assert sorted(os.listdir(file.parent)) == before, "nothing is written beside the data"
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    file = folder(tmp_path / "set", ".txt")
+    first, fingerprint = load_rows(str(file))["text"][0], content_fingerprint(str(file))
+    file.write_text("other\n" * 3)
+    assert first == LINES[0] and list(load_rows(str(file))["text"]) == ["other"] * 3
+    assert content_fingerprint(str(file)) != fingerprint
+
+
+def test_picture_folder(tmp_path):
+    for kind in ("cat", "dog"):
+        (tmp_path / "set" / "train" / kind).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / "set" / "train" / kind / f"{i}.png")
+    rows = load_rows(str(tmp_path / "set"))
+    assert find_column(rows, "image") == "image" and len(rows) == 6
+    assert find_classes(rows, find_column(rows, "label")) == ("cat", "dog")
+
+
+def test_words_that_pandas_takes_for_missing_values_stay_words(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("text,number\nNone,1\nNA,2\nnull,3\n")
+    assert load_rows(str(file))[:] == {"text": ["None", "NA", "null"], "number": [1, 2, 3]}
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "nothing.jsonl"])
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name):
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist, expected a file, a folder"):
+        load_rows(name)
+
+
+def test_unknown_file_ending_and_missing_split(tmp_path):
+    (tmp_path / "a.xyz").write_text("")
+    with pytest.raises(ValueError, match=r"ending '.xyz', expected one of .jsonl"):
+        load_rows(str(tmp_path / "a.xyz"))
+    file = folder(tmp_path / "set", ".txt", "test")
+    with pytest.raises(ValueError, match="no split 'train', expected one of test"):
+        load_rows(str(file.parent), "train")
+    with pytest.raises(ValueError, match="no split 'train', expected one of test"):
+        splits(str(file.parent))
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "dev", "val"])
+def test_validation_by_its_usual_names(tmp_path, name):
+    folder(tmp_path / "set", ".txt")
+    (tmp_path / "set" / f"{name}.txt").write_text("held out\n")
+    found = splits(str(tmp_path / "set"))
+    assert list(found) == ["train", "validation"] and len(found["train"]) == 40
+    assert list(found["validation"]["text"]) == ["held out"] == list(load_rows(str(tmp_path / "set"), "validation")["text"])
+
+
+def test_a_missing_validation_split_is_held_out_for_good(tmp_path):
+    file = folder(tmp_path / "set", ".txt")
+    first, second = splits(str(file)), splits(str(file))
+    assert len(first["validation"]) == 2
+    assert sorted([*first["train"]["text"], *first["validation"]["text"]]) == sorted(LINES)
+    assert list(first["validation"]["text"]) == list(second["validation"]["text"]) != LINES[:2]
+    streamed = splits(str(file), streaming=True)
+    assert [row["text"] for row in streamed["validation"]] == LINES and not list(streamed["train"])
+    file.write_text("one\n")
+    with pytest.raises(ValueError, match="1 training rows and no validation split"):
+        splits(str(file))
+
+
+def test_columns_are_guessed_or_listed():
+    two = datasets.Dataset.from_dict({"en": ["a"], "de": ["b"], "n": [1]})
+    with pytest.raises(ValueError, match=r"several text columns; name one of: en \(string\), de \(string\), n \(int64\)"):
+        find_column(two, "text")
+    with pytest.raises(ValueError, match=r"no image column; name one of: en"):
+        find_column(two, "image")
+    with pytest.raises(ValueError, match=r"no column 'fr', expected one of: en"):
+        find_column(two, "text", "fr")
+    with pytest.raises(ValueError, match="kind must be one of image, text, label"):
+        find_column(two, "sound")
+    assert find_column(two, "text", "de") == "de" and find_column(two.select_columns(["de", "n"]), "text") == "de"
+    assert find_column(datasets.Dataset.from_dict({"note": ["a"], "caption": ["b"]}), "text") == "caption"
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"title": "a", "pixels": Image.new("L", (2, 2))}]))
+    assert find_column(stream, "text") == "title" and find_column(stream, "image") == "pixels"
+
+
+def test_classes_of_a_label_column():
+    table = datasets.Dataset.from_dict({"name": ["b", "a", "b"], "number": [0, 2, 2], "float": [0.5, 1.0, 2.0]})
+    assert find_classes(table, "name") == ("a", "b") and find_classes(table, "number") == ("0", "1", "2")
+    with pytest.raises(ValueError, match="'float' holds float"):
+        find_classes(table, "float")
+    with pytest.raises(ValueError, match="declares no classes"):
+        find_classes(table.to_iterable_dataset(), "name")
+
+
+def test_sprites_by_name():
+    rows = load_rows("sprites:5", "validation", num_rows=4, image_size=32)
+    assert len(rows) == 4 and rows["image"].shape == (4, 32, 32, 3) and " on " in rows["caption"][0]
+    assert {split: len(part) for split, part in splits("sprites").items()} == {
+        "train": 10_000,
+        "validation": 1_000,
+        "test": 1_000,
+    }
+    assert find_column(rows, "text") == "caption" and find_column(rows, "image") == "image"
+    for bad in ("sprites:9", "sprites:x"):
+        with pytest.raises(ValueError, match="level"):
+            load_rows(bad)
+
+
+@needs_real_data
+@pytest.mark.parametrize(
+    ("name", "sizes", "kinds"),
+    [
+        ("ptb", (42_068, 3_370, 3_761), {"text": "text"}),
+        ("mnist", (57_000, 3_000, 10_000), {"image": "image", "label": "label"}),
+        ("eurosat", (1_900, 100, 500), {"image": "image", "label": "label"}),
+        ("emoji", (2_741, 316, 326), {"image": "image", "text": "text"}),
+        ("trec", (5_180, 272, 500), {"text": "text", "label": "label"}),
+        ("bbc_news", (1_556, 334, 335), {"text": "text", "label": "label"}),
+    ],
+)
+def test_real_sets(name, sizes, kinds):
+    found = splits(str(Path(REAL) / name))
+    assert tuple(len(part) for part in found.values()) == sizes
+    assert {kind: find_column(found["train"], kind) for kind in kinds} == kinds
