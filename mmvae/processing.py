@@ -1,0 +1,315 @@
+"""What turns a user's images and sentences into a model's tensors: the image processor and tokenizers.
+
+An image processor reads images by the rules of ``mmvae.data.images``, resizes them and divides by 255. A tokenizer emits
+``BOS w1 ... wT EOS``.
+
+Shapes: ``B`` batch, ``C`` channels, ``H, W`` height and width, ``T`` tokens.
+"""
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_utils import ChannelDimension, PILImageResampling
+from transformers.processing_utils import ImagesKwargs
+
+__all__ = [
+    "SPECIAL_TOKENS",
+    "ImageVAEImageProcessor",
+    "ImageVAEImageProcessorKwargs",
+    "ImageVAEImageProcessorPil",
+    "decode_text",
+    "load_tokenizer",
+    "train_tokenizer",
+]
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+
+
+class ImageVAEImageProcessorKwargs(ImagesKwargs, total=False):
+    """Options of the image processors beyond those that every image processor has.
+
+    Arguments:
+        num_channels: channels of the output: 1 (grey), 3 (RGB) or 4 (RGBA).
+        background: the colour (red, green, blue), 0..255, that shows through transparent pixels.
+    """
+
+    num_channels: int | None
+    background: list[int] | tuple[int, ...] | None
+
+
+# `mmvae.data` is imported where it is used: it brings `datasets`, and `import mmvae`, which registers the image processor, must stay quick.
+class _Pixels:
+    """What the two backends share: the rules for pixels, the defaults, no mean or standard deviation."""
+
+    valid_kwargs = ImageVAEImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+    size = {"height": 64, "width": 64}
+    resample = PILImageResampling.BILINEAR
+    do_resize = True
+    do_rescale = True
+    do_normalize = False
+    num_channels = 3
+    background = (255, 255, 255)
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Open what is named by a path or an address; leave images as they are."""
+        from mmvae.data.images import open_image
+
+        if isinstance(image_url_or_urls, str):
+            return open_image({"bytes": None, "path": image_url_or_urls})
+        return super().fetch_images(image_url_or_urls)
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
+        """A flat list of images; grey images without a channel axis count as images, also inside a list."""
+        if isinstance(images, np.ndarray | Tensor) and images.ndim == 2:
+            return [images]
+        if isinstance(images, list | tuple) and all(getattr(image, "ndim", None) == 2 for image in images):
+            return list(images)
+        return super()._prepare_images_structure(images, expected_ndims=expected_ndims)
+
+    def _read(self, image: Any, num_channels: int | None, background: Sequence[int] | None, layout: Any) -> Tensor:
+        from mmvae.data.images import open_image, to_pixels
+
+        if num_channels not in (1, 3, 4):
+            raise ValueError(f"num_channels: got {num_channels!r}, expected 1 (grey), 3 (RGB) or 4 (RGBA)")
+        if background is None or len(background) != 3 or not all(0 <= value <= 255 for value in background):
+            raise ValueError(f"background: got {background!r}, expected red, green and blue in 0..255")
+        if isinstance(image, Tensor):
+            image = image.cpu().numpy()
+        if layout is not None and getattr(image, "ndim", 0) == 3:
+            image = np.moveaxis(image, 0, -1) if ChannelDimension(layout) is ChannelDimension.FIRST else image
+        return to_pixels(open_image(image, max_pixels=sys.maxsize), num_channels, tuple(background))
+
+
+class ImageVAEImageProcessor(_Pixels, TorchvisionBackend):
+    """Images of any kind to ``pixel_values`` in [0, 1], the range of every likelihood: 8-bit pixels, resized, divided by 255.
+
+    The rules for pixels are those of ``mmvae.data.images``: every mode of Pillow, paths, arrays and tensors (integers in 0..255 or floats
+    in [0, 1], which are rounded to 8 bits), with or without a channel axis. With ``do_rescale=False`` pixels stay uint8, which the models
+    accept too.
+
+    Arguments:
+        size: ``{"height": int, "width": int}`` of the output, or ``{"shortest_edge": int}`` together with ``do_center_crop``.
+        num_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        background: the colour (red, green, blue), 0..255, that shows through transparent pixels.
+
+    Returns:
+        When called: a ``BatchFeature`` with ``pixel_values``, (B, C, H, W) float32 if ``return_tensors="pt"``, else a list of (C, H, W).
+
+    Raises:
+        ValueError: what is not an image, or has values outside the range of its type.
+
+    Example:
+        >>> processor = ImageVAEImageProcessor(size={"height": 28, "width": 28}, num_channels=1)
+        >>> tuple(processor([np.zeros((28, 28), np.uint8)], return_tensors="pt").pixel_values.shape)
+        (1, 1, 28, 28)
+    """
+
+    def process_image(
+        self,
+        image: Any,
+        num_channels: int | None = None,
+        background: Sequence[int] | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        device: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        """One image to (C, H, W) uint8 on ``device``."""
+        return self._read(image, num_channels, background, input_data_format).to(device)
+
+
+class ImageVAEImageProcessorPil(_Pixels, PilBackend):
+    """The same as ``ImageVAEImageProcessor``, resized by Pillow and numpy."""
+
+    def process_image(
+        self,
+        image: Any,
+        num_channels: int | None = None,
+        background: Sequence[int] | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        **_: Any,
+    ) -> np.ndarray:
+        """One image to (C, H, W) uint8."""
+        return self._read(image, num_channels, background, input_data_format).numpy()
+
+
+def _refuse_reserved(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, checked: strings without the words that mark the ends of a sentence."""
+    reserved = [token for name, token in SPECIAL_TOKENS.items() if name != "unk_token"]
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{i}]: got {type(text).__name__}, expected str")
+        for token in reserved:
+            if token in text:
+                raise ValueError(
+                    f"texts[{i}]: contains the reserved word {token!r}; only {SPECIAL_TOKENS['unk_token']!r} may stand in a text"
+                )
+        yield text
+
+
+def _train_words(texts: Iterable[str], tokenizer: Tokenizer, vocab_size: int, min_frequency: int) -> None:
+    """Fill a word-level tokenizer with the most frequent words; of equally frequent ones the alphabetically first.
+
+    Not ``WordLevelTrainer``: where a text already contains "<unk>" that gives the word a second id.
+    """
+    counts = Counter(
+        word for text in texts for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
+    )
+    special = list(SPECIAL_TOKENS.values())
+    words = sorted((word for word in counts if word not in special), key=lambda word: (-counts[word], word))
+    words = [word for word in words if counts[word] >= min_frequency]
+    if len(words) < 2:
+        raise ValueError(f"texts: {len(words)} distinct words occur {min_frequency} times or more, expected at least 2")
+    vocabulary = (special + words)[:vocab_size]
+    tokenizer.model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=SPECIAL_TOKENS["unk_token"])
+
+
+def _train_bpe(texts: Iterable[str], tokenizer: Tokenizer, vocab_size: int, min_frequency: int) -> None:
+    """Fill a byte-level BPE tokenizer; every text can be written in it, so nothing is unknown."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(SPECIAL_TOKENS):
+        raise ValueError(
+            f"vocab_size: got {vocab_size}, expected at least {len(alphabet) + len(SPECIAL_TOKENS)} for kind='bpe' (all bytes)"
+        )
+    seen = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal seen
+        for text in texts:
+            seen += bool(text.strip())
+            yield text.replace(SPECIAL_TOKENS["unk_token"], " ")  # one token by itself, not letters to merge
+
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(counted(), trainer)
+    if not seen:
+        raise ValueError("texts: no text that is not empty, expected at least one")
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    kind: str = "whitespace",
+    vocab_size: int = 10_000,
+    min_frequency: int = 1,
+    lowercase: bool = False,
+) -> PreTrainedTokenizerFast:
+    """A tokenizer made from texts: ``BOS w1 ... wT EOS``; the same texts in any order give the same ids.
+
+    Text is put into Unicode normal form C. "<unk>" in a text is the unknown word. Decoding with ``skip_special_tokens=True`` hides unknown
+    words; ``decode_text`` shows them.
+
+    Arguments:
+        texts: sentences.
+        kind: "whitespace" (words between white space) or "bpe" (byte-level pairs, at least 260 tokens).
+        vocab_size: the greatest number of ids, the four special tokens included.
+        min_frequency: rarer words (pairs) are left out.
+        lowercase: whether to fold case, also of what is encoded later.
+
+    Returns:
+        A tokenizer with pad, bos, eos and unk tokens (ids 0 to 3) that gives ``input_ids`` and ``attention_mask``.
+
+    Raises:
+        ValueError: no texts, fewer than two words, a reserved word in a text, a size that is too small, an unknown kind.
+        TypeError: a text that is not a string.
+
+    Example:
+        >>> tokenizer = train_tokenizer(["a small heart", "a big <unk>"])
+        >>> tokenizer("a <unk> heart").input_ids
+        [1, 4, 3, 6, 2]
+    """
+    if kind not in ("whitespace", "bpe"):
+        raise ValueError(f"kind: got {kind!r}, expected 'whitespace' or 'bpe'")
+    if vocab_size < len(SPECIAL_TOKENS) + 2:
+        raise ValueError(
+            f"vocab_size: got {vocab_size}, expected at least {len(SPECIAL_TOKENS) + 2} ({len(SPECIAL_TOKENS)} are special tokens)"
+        )
+    words = kind == "whitespace"
+    tokenizer = Tokenizer(models.WordLevel({}, unk_token=SPECIAL_TOKENS["unk_token"]) if words else models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if words else pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if not words:
+        tokenizer.decoder = decoders.ByteLevel()
+    (_train_words if words else _train_bpe)(_refuse_reserved(texts), tokenizer, vocab_size, min_frequency)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        **SPECIAL_TOKENS,
+    )
+    _emit_ends(fast)
+    return fast
+
+
+def _emit_ends(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Make encoding give BOS ... EOS."""
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        pair=f"{bos} $A {eos} $B:1 {eos}:1",
+        special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)],
+    )
+
+
+def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Any pretrained tokenizer, made to emit ``BOS ... EOS`` padded on the right.
+
+    What is missing is completed by a stated rule, and logged: BOS and EOS are the CLS and SEP of encoders such as BERT where they
+    exist; else, and for PAD always, a new token is added, so the size of the vocabulary is ``len(tokenizer)``.
+
+    Arguments:
+        name_or_path: an id on the Hub or a local folder.
+        options: handed to ``AutoTokenizer.from_pretrained``.
+
+    Raises:
+        ValueError: a tokenizer that cannot be made to emit BOS ... EOS.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
+    stand_ins = {"bos_token": tokenizer.cls_token, "eos_token": tokenizer.sep_token, "pad_token": None}
+    missing = {name: token or SPECIAL_TOKENS[name] for name, token in stand_ins.items() if getattr(tokenizer, name) is None}
+    if missing:
+        logger.warning("%s has no %s: using %s", name_or_path, ", ".join(missing), ", ".join(missing.values()))
+        tokenizer.add_special_tokens(missing)
+    tokenizer.padding_side = "right"
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = tokenizer("a").input_ids
+    if (ids[0], ids[-1]) != ends or len(ids) < 3:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ValueError(f"tokenizer {name_or_path}: 'a' is encoded as {ids}, expected {ends[0]} (BOS) ... {ends[1]} (EOS)")
+        _emit_ends(tokenizer)
+    return tokenizer
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
+    """The sentences that a reader should see: up to the first EOS, without BOS and padding, with unknown words shown.
+
+    Arguments:
+        tokenizer: one with bos, eos and pad tokens.
+        ids: (B, T) int64 token ids, for example of ``generate``.
+
+    Returns:
+        B sentences.
+    """
+    hidden = {tokenizer.bos_token_id, tokenizer.pad_token_id}
+    sentences = []
+    for row in ids.tolist():
+        row = row[1:] if row and row[0] == tokenizer.bos_token_id else row  # BOS and EOS can be one token, as in GPT-2
+        row = row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
+        sentences.append(tokenizer.decode([token for token in row if token not in hidden], skip_special_tokens=False))
+    return sentences
