@@ -1,0 +1,22 @@
+"""mmvae: variational autoencoders over images, text, or both, for the Hugging Face ecosystem.
+
+Importing it registers its models and processors with ``AutoConfig``, ``AutoModel``, ``AutoImageProcessor`` and so ``AutoProcessor``.
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
+from mmvae.models.text_vae import TextVAE, TextVAEConfig
+from mmvae.processing import ImageVAEImageProcessor, ImageVAEImageProcessorPil
+
+__version__ = "0.1.0"
+__all__ = ["ImageVAE", "ImageVAEConfig", "ImageVAEImageProcessor", "TextVAE", "TextVAEConfig"]
+
+for _config, _model in ((ImageVAEConfig, ImageVAE), (TextVAEConfig, TextVAE)):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+AutoImageProcessor.register(
+    ImageVAEConfig,
+    image_processor_classes={"torchvision": ImageVAEImageProcessor, "pil": ImageVAEImageProcessorPil},
+    exist_ok=True,
+)

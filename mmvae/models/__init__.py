@@ -1,0 +1,1 @@
+"""Models: the shared base and one file per modality."""

@@ -1,0 +1,309 @@
+r"""A convolutional VAE over images.
+
+Sizes: the trunk halves an image ``len(hidden_channels)`` times. An image that the total stride ``2 ** L`` does not divide is padded at
+the right and bottom by repeating its last column and row, and what is decoded is cut back to its size; 28x28 with two halvings needs
+no padding. Shapes: ``(B, C, H, W)`` pixels, uint8 or float in [0, 1]; latents ``(B, D)``, or ``(B, D, h, w)`` when they are spatial.
+
+References:
+    Kingma, Welling (2014), Auto-encoding variational Bayes, https://arxiv.org/abs/1312.6114
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn import functional as F
+from transformers.utils.generic import can_return_tuple
+
+from mmvae.aggregation import Posterior
+from mmvae.distributions import DiagNormal
+from mmvae.likelihoods import LIKELIHOODS, SCALES, Likelihood
+from mmvae.models.base import VAEConfig, VAEModel, VAEOutput
+from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, fold_leading, receptive_radius
+from mmvae.objectives import Objective
+
+BINARIZATIONS = ("none", "threshold", "dynamic")
+
+
+@strict
+class ImageVAEConfig(VAEConfig):
+    """Configuration of an :class:`ImageVAE`.
+
+    Arguments:
+        image_size: pixels per side, or [height, width]; 4 to 4,096.
+        num_channels: 1 grey, 3 RGB, 4 RGBA.
+        hidden_channels: channels of every level of the trunks, from the image down; each level halves the image. None: as many levels as
+            bring a side to 7 pixels or fewer, the last 64 wide, those above 64, 32, then 16 (two levels: 32, 64); below 1 M parameters.
+        num_blocks: residual blocks per level.
+        spatial_latent: a latent of ``latent_dim`` channels at the bottom's resolution instead of a vector, for large pictures.
+        norm: "group", "batch" or "none".
+        dropout: inside residual blocks, [0, 1).
+        likelihood: a key of ``mmvae.likelihoods.LIKELIHOODS``.
+        scale_mode: of a gaussian or laplace likelihood: "fixed", "learned" or "optimal".
+        scale: its (first) value in units of the pixel range.
+        input_noise: standard deviation of noise on the encoder's input in training (a denoising VAE), in units of the pixel range.
+        binarize: how the data's pixels were made 0 or 1: "none", "threshold" or "dynamic". The recipes do it, before the model; the field
+            is a record for evaluation.
+    """
+
+    model_type = "image_vae"
+    base_config_key = "image_config"
+
+    image_size: int | list[int] | tuple[int, ...] = 64
+    num_channels: int = 3
+    hidden_channels: list[int] | tuple[int, ...] | None = None
+    num_blocks: int = 1
+    spatial_latent: bool = False
+    norm: str = "group"
+    dropout: float | int = 0.0
+    likelihood: str = "gaussian"
+    scale_mode: str = "optimal"
+    scale: float | int = 0.1
+    input_noise: float | int = 0.0
+    binarize: str = "none"
+
+    ranges: ClassVar[dict[str, tuple[float, float]]] = VAEConfig.ranges | {
+        "image_size": (4, 4096),
+        "hidden_channels": (1, 4096),
+        "num_blocks": (0, 64),
+        "dropout": (0, 0.99),
+        "scale": (1e-3, 10),
+        "input_noise": (0, 10),
+    }
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = VAEConfig.choices | {
+        "num_channels": (1, 3, 4),
+        "norm": tuple(NORMS),
+        "likelihood": tuple(LIKELIHOODS),
+        "scale_mode": SCALES,
+        "binarize": BINARIZATIONS,
+    }
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """(H, W)."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+
+    @property
+    def trunk_channels(self) -> list[int]:
+        """``hidden_channels``, or the default for this size."""
+        if self.hidden_channels is not None:
+            return list(self.hidden_channels)
+        levels, side = 1, -(-max(self.height_width) // 2)
+        while side > 7:
+            levels, side = levels + 1, -(-side // 2)
+        return [32, 64][-levels:] if levels < 3 else [*[16] * (levels - 3), 32, 64, 64]
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent pixel."""
+        return 2 ** len(self.trunk_channels)
+
+    @property
+    def bottom_size(self) -> tuple[int, int]:
+        """(h, w) at the bottom of the trunk."""
+        return tuple(-(-side // self.stride) for side in self.height_width)
+
+    def validate_architecture(self) -> None:
+        """Check the fields; see :meth:`VAEConfig.validate_architecture`."""
+        super().validate_architecture()
+        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
+            raise ValueError(f"ImageVAEConfig.image_size: received {self.image_size!r}, expected a number or [height, width]")
+        if self.hidden_channels is not None and not 1 <= len(self.hidden_channels) <= 8:
+            raise ValueError(f"ImageVAEConfig.hidden_channels: received {self.hidden_channels!r}, expected 1 to 8 levels")
+
+
+class ImageVAE(VAEModel):
+    """Convolutional VAE over images; see the module's docstring for sizes.
+
+    Example:
+        >>> model = ImageVAE(ImageVAEConfig(image_size=28, num_channels=1, latent_dim=16)).eval()
+        >>> model.encode(pixel_values=torch.zeros(2, 1, 28, 28)).mean.shape
+        torch.Size([2, 16])
+    """
+
+    config: ImageVAEConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    base_model_prefix = "image_vae"
+    input_names = ("pixel_values",)
+    _no_split_modules: ClassVar[list[str]] = ["ResidualBlock"]
+
+    def __init__(self, config: ImageVAEConfig):
+        super().__init__(config)
+        trunk = {"channels": config.trunk_channels, "num_blocks": config.num_blocks, "norm": config.norm, "dropout": config.dropout}
+        width, (height, across) = config.trunk_channels[-1], config.bottom_size
+        self.likelihood = Likelihood(config.likelihood, config.scale_mode, config.scale)
+        self.encoder = ConvEncoder(config.num_channels, **trunk)
+        self.decoder = ConvDecoder(config.num_channels * self.likelihood.parameters_per_value, **trunk)
+        if config.spatial_latent:
+            self.to_moments: nn.Module = nn.Conv2d(width, 2 * config.latent_dim, 3, padding=1)
+            self.from_latent: nn.Module = nn.Conv2d(config.latent_dim, width, 3, padding=1)
+        else:
+            self.to_moments = nn.Linear(width * height * across, 2 * config.latent_dim)
+            self.from_latent = nn.Linear(config.latent_dim, width * height * across)
+        self.latent_prior = self.build_prior()
+        self.post_init()
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(D,), or (D, h, w) when the latent is spatial."""
+        dim = self.config.latent_dim
+        return (dim, *self.config.bottom_size) if self.config.spatial_latent else (dim,)
+
+    @property
+    def pseudo_input_shape(self) -> tuple[int, ...]:
+        """(C, H, W), logits of pixels."""
+        return (self.config.num_channels, *self.config.height_width)
+
+    def encode_pseudo_inputs(self, pseudo_inputs: Tensor) -> DiagNormal:
+        """q(z|u) at pixels ``sigmoid(u)``."""
+        return self.encode(pixel_values=pseudo_inputs.sigmoid())
+
+    def encode(self, pixel_values: Tensor) -> DiagNormal:
+        """q(z|x).
+
+        Arguments:
+            pixel_values: (B, C, H, W), uint8 or float in [0, 1].
+
+        Returns:
+            DiagNormal of batch (B,) and event (D,) or (D, h, w).
+
+        Raises:
+            ValueError: for pixels of another shape or kind than the model's. A model with a spatial latent encodes, decodes and
+                renders other sizes too if the stride divides them; its ``forward`` does not.
+        """
+        self._check(pixel_values, any_size=self.config.spatial_latent)
+        x = 2 * self.target(pixel_values=pixel_values).to(self.dtype) - 1
+        if self.training and self.config.input_noise:
+            x = x + 2 * self.config.input_noise * torch.randn_like(x)
+        height, width = x.shape[-2:]
+        stride = self.config.stride
+        if height % stride or width % stride:
+            x = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
+        h = self.encoder(x)
+        loc, logvar = self.to_moments(h if self.config.spatial_latent else h.flatten(1)).chunk(2, 1)
+        return DiagNormal(loc, logvar, len(self.latent_shape))
+
+    def decode(self, z: Tensor) -> Distribution:
+        """p(x|z).
+
+        Arguments:
+            z: (*, B, D) or (*, B, D, h, w).
+
+        Returns:
+            A distribution of batch (*, B) and event (C, H, W).
+
+        Raises:
+            ValueError: for latents of another width than the model's.
+        """
+        event = len(self.latent_shape)
+        if z.shape[-event] != self.config.latent_dim:
+            raise ValueError(f"latents: received shape {tuple(z.shape)}, expected {self.config.latent_dim} at dimension {-event}")
+        flat, leading = fold_leading(z.to(self.dtype), event)
+        h = self.from_latent(flat)
+        if self.config.spatial_latent:
+            height, width = (side * self.config.stride for side in z.shape[-2:])
+            if tuple(z.shape[-2:]) == self.config.bottom_size:
+                height, width = self.config.height_width
+        else:
+            h = h.unflatten(1, (-1, *self.config.bottom_size))
+            height, width = self.config.height_width
+        output = self.decoder(h)[..., :height, :width]
+        return self.likelihood(output.unflatten(0, leading) if leading else output[0])
+
+    def target(self, pixel_values: Tensor) -> Tensor:
+        """The pixels that p(x|z) scores: (B, C, H, W) float in [0, 1]."""
+        return pixel_values.float() / 255 if pixel_values.dtype == torch.uint8 else pixel_values
+
+    @torch.no_grad()
+    def render(self, z: Tensor) -> Tensor:
+        """Pictures: the mean of p(x|z), (B, C, H, W) float32 in [0, 1]."""
+        return self.decode(z).mean.float().clamp(0, 1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        beta: float = 1.0,
+        num_samples: int = 1,
+        objective: Objective | None = None,
+        noise_key: Tensor | None = None,
+        sample_posterior: bool | None = None,
+        return_loss: bool = True,
+        **kwargs: Any,
+    ) -> VAEOutput:
+        """Minus the objective, and what it is made of; see :meth:`VAE.bound` for the arguments.
+
+        Arguments:
+            pixel_values: (B, C, H, W), uint8 or float in [0, 1].
+            return_loss: there for ``transformers.Trainer``; the loss is always returned.
+        """
+        return self.bound({"pixel_values": pixel_values}, beta, num_samples, objective, noise_key, sample_posterior)
+
+    def log_px(self, z: Tensor, q: Posterior, pixel_values: Tensor) -> dict[str, Tensor]:
+        """log p(x|z), (S, K, B) nats; the prior, and so every bound, is about the configured size."""
+        self._check(pixel_values)
+        return super().log_px(z, q, pixel_values=pixel_values)
+
+    def _check(self, pixel_values: Tensor, any_size: bool = False) -> None:
+        expected, shape, stride = (self.config.num_channels, *self.config.height_width), tuple(pixel_values.shape), self.config.stride
+        if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values: received {pixel_values.dtype}, expected torch.uint8, or floating point in [0, 1]")
+        divides = len(shape) == 4 and shape[1] == expected[0] and not any(side % stride for side in shape[2:])
+        if len(shape) != 4 or not (shape[1:] == expected or (any_size and divides)):
+            other = f", or sides that {stride} divides" if any_size else ""
+            raise ValueError(f"pixel_values: received shape {shape}, expected (batch, {', '.join(map(str, expected))}){other}")
+
+    def encode_tiled(self, pixel_values: Tensor, tile_size: int = 64) -> DiagNormal:
+        """:meth:`encode` of a large picture with a spatial latent, tile by tile with overlap, in memory that depends on the tile.
+
+        Exact for norm "none" and, in evaluation mode, "batch": the overlap covers the receptive field. GroupNorm sees the tile instead of
+        the picture; compare with :meth:`encode` to know the deviation.
+
+        Arguments:
+            pixel_values: (B, C, H, W), sides multiples of the stride.
+            tile_size: of a tile's core, in latent pixels.
+        """
+        stride = self.config.stride
+        self._check(pixel_values, any_size=True)
+        if any(side % stride for side in pixel_values.shape[-2:]):
+            raise ValueError(f"pixel_values: received shape {tuple(pixel_values.shape)}, expected sides that {stride} divides")
+        size = tuple(side // stride for side in pixel_values.shape[-2:])
+        loc, logvar = (torch.empty(len(pixel_values), self.config.latent_dim, *size, device=pixel_values.device) for _ in range(2))
+        for core, halo, inner in self._tiles(size, tile_size):
+            q = self.encode(pixel_values=pixel_values[..., _scaled(halo[0], stride), _scaled(halo[1], stride)])
+            loc[..., core[0], core[1]], logvar[..., core[0], core[1]] = (v[..., inner[0], inner[1]] for v in (q.loc, q.logvar))
+        return DiagNormal(loc, logvar, 3)
+
+    def render_tiled(self, z: Tensor, tile_size: int = 64) -> Tensor:
+        """:meth:`render` of a large spatial latent (B, D, h, w), tile by tile; exact where :meth:`encode_tiled` is."""
+        stride, size = self.config.stride, tuple(z.shape[-2:])
+        pixels = torch.empty(len(z), self.config.num_channels, *(side * stride for side in size), device=z.device)
+        for core, halo, inner in self._tiles(size, tile_size):
+            # decoded without the likelihood's cut to the configured size, which a tile may happen to have
+            tile = self.likelihood(self.decoder(self.from_latent(z[..., halo[0], halo[1]].to(self.dtype)))).mean.float().clamp(0, 1)
+            pixels[..., _scaled(core[0], stride), _scaled(core[1], stride)] = tile[
+                ..., _scaled(inner[0], stride), _scaled(inner[1], stride)
+            ]
+        return pixels
+
+    def _tiles(self, size: tuple[int, ...], tile: int) -> list[tuple[tuple[slice, ...], tuple[slice, ...], tuple[slice, ...]]]:
+        """Core, core with halo, and the core inside its halo, in latent pixels, for every tile."""
+        if not self.config.spatial_latent:
+            raise ValueError("tiles: received a model with spatial_latent=False, expected a spatial latent")
+        if tile < 1:
+            raise ValueError(f"tile_size: received {tile}, expected at least 1")
+        radius = receptive_radius(len(self.config.trunk_channels), self.config.num_blocks)
+        axes = []
+        for side in size:
+            starts = range(0, side, tile)
+            cores = [slice(start, min(start + tile, side)) for start in starts]
+            halos = [slice(max(core.start - radius, 0), min(core.stop + radius, side)) for core in cores]
+            axes.append([(c, h, slice(c.start - h.start, c.stop - h.start)) for c, h in zip(cores, halos, strict=True)])
+        return [tuple(zip(row, column, strict=True)) for row in axes[0] for column in axes[1]]
+
+
+def _scaled(part: slice, factor: int) -> slice:
+    return slice(part.start * factor, part.stop * factor)

@@ -1,0 +1,332 @@
+r"""A sentence VAE: GRU encoder, GRU decoder that is fed the latent as its initial state and at every step.
+
+    q(z|x) = N(mu(s), sigma^2(s)),  s the encoder's summary;    p(x|z) = prod_t softmax(W h_t + b)_{x_t},
+    h_0 = tanh(U z),  h_t = GRU([e(x_{t-1}); z], h_{t-1})
+
+A row is BOS ... EOS; EOS is scored, BOS is not, padding never. Losses are sums over a row's tokens, in nats.
+Shapes: ``B`` batch, ``T`` tokens with BOS, ``D`` latent, ``H`` hidden, ``V`` vocabulary.
+
+References:
+    Bowman et al. (2016), Generating sentences from a continuous space, https://arxiv.org/abs/1511.06349
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.utils.generic import can_return_tuple
+
+from mmvae.distributions import Autoregressive, DiagNormal
+from mmvae.models.base import VAEConfig, VAEModel, VAEOutput
+from mmvae.nn import GRUDecoder, GRUEncoder, fold_leading, linear_cross_entropy
+from mmvae.objectives import Objective
+
+
+@strict
+class TextVAEConfig(VAEConfig):
+    """Configuration of a :class:`TextVAE`.
+
+    Arguments:
+        vocab_size: V; 2 to 4,194,304.
+        embedding_size: of a token.
+        hidden_size: H, per direction in the encoder.
+        encoder_layers, decoder_layers: GRU layers.
+        bidirectional: read rows in both directions.
+        embedding_dropout: on the embeddings of the decoder's inputs, [0, 1).
+        encoder_dropout: on the embeddings of the encoder's inputs, [0, 1).
+        dropout: on the decoder's outputs and between layers, [0, 1).
+        word_dropout: share of the decoder's input words that training replaces by ``unk_token_id``.
+        tie_word_embeddings: the output layer's weights are the decoder's embedding.
+        share_embeddings: the encoder reads the decoder's embedding.
+        pad_token_id, bos_token_id, eos_token_id, unk_token_id: as the tokenizer has them.
+    """
+
+    model_type = "text_vae"
+    base_config_key = "text_config"
+
+    latent_dim: int = 32
+    vocab_size: int = 10_000
+    embedding_size: int = 256
+    hidden_size: int = 256
+    encoder_layers: int = 1
+    decoder_layers: int = 1
+    bidirectional: bool = False
+    embedding_dropout: float | int = 0.0
+    encoder_dropout: float | int = 0.0
+    dropout: float | int = 0.0
+    word_dropout: float | int = 0.0
+    tie_word_embeddings: bool = False
+    share_embeddings: bool = False
+    pad_token_id: int = 0
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    unk_token_id: int = 3
+
+    ranges: ClassVar[dict[str, tuple[float, float]]] = VAEConfig.ranges | {
+        "vocab_size": (2, 4_194_304),
+        "embedding_size": (1, 16_384),
+        "hidden_size": (1, 16_384),
+        "encoder_layers": (1, 16),
+        "decoder_layers": (1, 16),
+        "embedding_dropout": (0, 0.99),
+        "encoder_dropout": (0, 0.99),
+        "dropout": (0, 0.99),
+        "word_dropout": (0, 1),
+    }
+
+    def validate_architecture(self) -> None:
+        """Check the fields; see :meth:`VAEConfig.validate_architecture`."""
+        super().validate_architecture()
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(f"TextVAEConfig.{name}: received {getattr(self, name)}, expected 0 to {self.vocab_size - 1}")
+
+
+class GRUState:
+    """What the decoder carries from one generated token to the next.
+
+    Arguments:
+        hidden: (layers, B, H).
+        length: tokens read so far.
+    """
+
+    is_compileable = False
+
+    def __init__(self, hidden: Tensor, length: int):
+        self.hidden, self.length = hidden, length
+
+    def get_seq_length(self) -> int:
+        """Tokens read so far."""
+        return self.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i go on from row ``beam_idx[i]``."""
+        self.hidden = self.hidden.index_select(1, beam_idx)
+
+
+class TextVAE(VAEModel, GenerationMixin):
+    """GRU sentence VAE; see the module's docstring for the equations.
+
+    Example:
+        >>> model = TextVAE(TextVAEConfig(vocab_size=100, hidden_size=16, latent_dim=4)).eval()
+        >>> z = model.encode(input_ids=torch.tensor([[1, 5, 6, 2]])).mean
+        >>> model.generate(latents=z, max_new_tokens=5).shape[0], model.decode(z).log_prob(torch.tensor([[5, 6, 2]])).shape
+        (1, torch.Size([1]))
+    """
+
+    config: TextVAEConfig
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    base_model_prefix = "text_vae"
+    input_names = ("input_ids", "attention_mask")
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "decoder.embed_tokens.weight"}
+    _no_split_modules: ClassVar[list[str]] = ["GRUEncoder", "GRUDecoder"]
+    _is_stateful = True
+
+    def __init__(self, config: TextVAEConfig):
+        super().__init__(config)
+        self.decoder = GRUDecoder(
+            config.vocab_size,
+            config.embedding_size,
+            config.hidden_size,
+            config.latent_dim,
+            num_layers=config.decoder_layers,
+            embedding_dropout=config.embedding_dropout,
+            dropout=config.dropout,
+            tied=config.tie_word_embeddings,
+        )
+        self.encoder_embedding = None if config.share_embeddings else nn.Embedding(config.vocab_size, config.embedding_size)
+        self.encoder_dropout = nn.Dropout(config.encoder_dropout)
+        self.encoder = GRUEncoder(
+            config.embedding_size, config.hidden_size, config.encoder_layers, config.bidirectional, config.encoder_dropout
+        )
+        self.to_moments = nn.Linear(self.encoder.output_size, 2 * config.latent_dim)
+        self.lm_head = nn.Linear(config.embedding_size if config.tie_word_embeddings else config.hidden_size, config.vocab_size)
+        self.latent_prior = self.build_prior()
+        self.post_init()
+        self.generation_config.max_new_tokens = 64
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's embedding."""
+        return self.decoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's embedding."""
+        self.decoder.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output layer."""
+        self.lm_head = value
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the vocabulary, the encoder's own embedding included."""
+        resized = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if self.encoder_embedding is not None and len(self.encoder_embedding.weight) != self.config.vocab_size:
+            self.encoder_embedding = self._get_resized_embeddings(self.encoder_embedding, self.config.vocab_size)
+        return resized
+
+    @property
+    def pseudo_input_shape(self) -> tuple[int, ...]:
+        """(T, E): embeddings of a pseudo-sentence of 16 tokens."""
+        return (16, self.config.embedding_size)
+
+    def encode_pseudo_inputs(self, pseudo_inputs: Tensor) -> DiagNormal:
+        """q(z|u) of pseudo-sentences given as embeddings, (K, T, E)."""
+        return self.encode(inputs_embeds=0.1 * pseudo_inputs)
+
+    def encode(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> DiagNormal:
+        """q(z|x).
+
+        Arguments:
+            input_ids: (B, T) int64, BOS ... EOS, padded at the right.
+            attention_mask: (B, T), 1 on real tokens; made from ``pad_token_id`` when None.
+            inputs_embeds: (B, T, E) instead of ``input_ids``.
+
+        Returns:
+            DiagNormal of batch (B,) and event (D,). A row without a real token counts as one padding token.
+
+        Raises:
+            ValueError: for ids of another shape than (B, T).
+        """
+        if inputs_embeds is None:
+            self._check(input_ids)
+            embed = self.decoder.embed_tokens if self.encoder_embedding is None else self.encoder_embedding
+            inputs_embeds = embed(input_ids)
+            attention_mask = self._mask(input_ids, attention_mask)
+        size = inputs_embeds.shape[:2]
+        lengths = torch.full(size[:1], size[1], device=inputs_embeds.device) if attention_mask is None else attention_mask.sum(1)
+        summary = self.encoder(self.encoder_dropout(inputs_embeds), lengths.clamp_min(1))[1]
+        return DiagNormal(*self.to_moments(summary).chunk(2, -1))
+
+    def decode(self, z: Tensor) -> Autoregressive:
+        """p(x|z), teacher-forced; its event is what :meth:`target` gives.
+
+        Arguments:
+            z: (*, B, D).
+
+        Raises:
+            ValueError: for latents of another width than the model's.
+        """
+        self._check_latents(z)
+        return Autoregressive(lambda target: self._token_log_prob(z, target), z.shape[:-1])
+
+    def target(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """What is scored: the tokens after BOS, (B, T - 1) int64, padding -100."""
+        mask = self._mask(input_ids, attention_mask)
+        return input_ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+
+    def _token_log_prob(self, z: Tensor, target: Tensor) -> Tensor:
+        """(*, B, T) nats, 0 where the target is -100."""
+        target = target.expand(*z.shape[:-1], target.shape[-1])
+        if not target.shape[-1]:
+            return z.new_zeros(target.shape)  # nothing after BOS
+        flat, _ = fold_leading(z, 1)
+        wanted = target.reshape(-1, target.shape[-1])
+        inputs = torch.cat([torch.full_like(wanted[:, :1], self.config.bos_token_id), wanted[:, :-1]], 1)
+        inputs = inputs.masked_fill(inputs == -100, self.config.pad_token_id)
+        if self.training and self.config.word_dropout:
+            dropped = torch.rand(inputs[:, 1:].shape, device=inputs.device) < self.config.word_dropout
+            inputs = torch.cat([inputs[:, :1], inputs[:, 1:].masked_fill(dropped, self.config.unk_token_id)], 1)
+        states = self.decoder(inputs, flat.to(self.dtype))[0]
+        scored = wanted != -100
+        nll = linear_cross_entropy(states[scored], self.lm_head.weight, self.lm_head.bias, wanted[scored])
+        return nll.new_zeros(wanted.shape).masked_scatter(scored, -nll).reshape(target.shape)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        latents: Tensor | None = None,
+        beta: float = 1.0,
+        num_samples: int = 1,
+        objective: Objective | None = None,
+        noise_key: Tensor | None = None,
+        sample_posterior: bool | None = None,
+        past_key_values: GRUState | None = None,
+        use_cache: bool | None = None,
+        return_loss: bool = True,
+        **kwargs: Any,
+    ) -> VAEOutput:
+        """Minus the objective, and what it is made of; see :meth:`VAE.bound`. With ``latents``: the logits of the next tokens instead.
+
+        Arguments:
+            input_ids: (B, T) int64, BOS ... EOS, padded at the right.
+            attention_mask: (B, T), 1 on real tokens; made from ``pad_token_id`` when None.
+            latents: (B, D); then ``input_ids`` is a prefix and the output holds ``logits`` (B, T, V).
+            past_key_values, use_cache: the decoder's state while generating.
+            return_loss: there for ``transformers.Trainer``; the loss is always returned.
+        """
+        if latents is not None:
+            self._check_latents(latents)
+            self._check(input_ids)
+            hidden = None if past_key_values is None else past_key_values.hidden
+            seen = 0 if past_key_values is None else past_key_values.length
+            states, hidden = self.decoder(input_ids, latents.to(self.dtype), hidden)
+            state = GRUState(hidden, seen + input_ids.shape[1]) if use_cache else None
+            return VAEOutput(logits=self.lm_head(states), past_key_values=state)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.bound(inputs, beta, num_samples, objective, noise_key, sample_posterior)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        latents: Tensor | None = None,
+        past_key_values: GRUState | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What ``forward`` needs for the next token: the new tokens only, once there is a state."""
+        seen = 0 if past_key_values is None else past_key_values.length
+        tokens = input_ids[:, seen:]
+        return {"input_ids": tokens, "latents": latents, "past_key_values": past_key_values, "use_cache": use_cache}
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor | None = None, latents: Tensor | None = None, **options: Any) -> Any:
+        """Token ids of sentences, BOS first, by any strategy of transformers' ``GenerationMixin``.
+
+        Arguments:
+            input_ids: (B, T) sentences to reconstruct from their posterior means; not a prefix.
+            latents: (B, D), instead.
+            options: of ``GenerationMixin.generate``: ``max_new_tokens``, ``num_beams``, ``do_sample``, ``temperature``, ...
+
+        Returns:
+            (B * num_return_sequences, T) int64, padded at the right with ``pad_token_id``.
+
+        Raises:
+            ValueError: when neither or both are given.
+        """
+        if (latents is None) == (input_ids is None):
+            raise ValueError(f"generate: received {'neither' if latents is None else 'both'} latents and input_ids, expected one of them")
+        if latents is None:
+            latents = self.encode(input_ids=input_ids, attention_mask=options.pop("attention_mask", None)).mean
+        self._check_latents(latents)
+        return super().generate(latents=latents, **options)
+
+    def render(self, z: Tensor, **options: Any) -> Tensor:
+        """Sentences as token ids; see :meth:`generate`."""
+        return self.generate(latents=z, **options)
+
+    def _mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return (input_ids != self.config.pad_token_id).long() if attention_mask is None else attention_mask
+
+    def _check(self, input_ids: Tensor) -> None:
+        if input_ids is None or input_ids.dim() != 2 or not input_ids.shape[1]:
+            shape = None if input_ids is None else tuple(input_ids.shape)
+            raise ValueError(f"input_ids: received shape {shape}, expected (batch, tokens) with at least one token")
+
+    def _check_latents(self, z: Tensor) -> None:
+        if z.shape[-1] != self.config.latent_dim:
+            raise ValueError(f"latents: received shape {tuple(z.shape)}, expected (..., {self.config.latent_dim})")
