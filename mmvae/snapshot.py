@@ -1,0 +1,106 @@
+"""The state of live objects (model, optimizer, scheduler, average, ...) as plain nested data, and back.
+
+Data-parallel and compiled models are unwrapped, so their keys are clean. Models sharded by FSDP give and take full
+tensors through ``torch.distributed.checkpoint.state_dict``. So a checkpoint does not know how many ranks wrote it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, DistributedType
+from torch import nn
+from torch.distributed.checkpoint import state_dict as sharded
+from torch.optim import Optimizer
+
+from mmvae import checkpoint
+from mmvae.checkpoint import CheckpointError
+from mmvae.optimization import EMA, unwrap
+
+
+def state_of(accelerator: Accelerator, objects: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``state_dict`` of every object. All ranks must call it; with FSDP only the main process gets the tensors."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return {name: (unwrap(value) if isinstance(value, nn.Module) else value).state_dict() for name, value in objects.items()}
+    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = {}
+    for name, value in objects.items():
+        if isinstance(value, nn.Module):
+            state[name] = sharded.get_model_state_dict(value, options=options)
+        elif isinstance(value, Optimizer):
+            state[name] = sharded.get_optimizer_state_dict(_model_of(value, objects), _inner(value), options=options)
+        else:
+            state[name] = value.state_dict()
+    return state
+
+
+def load_state(source: Path, accelerator: Accelerator, objects: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Load a saved state into the objects; names, shapes, dtypes and groups of all of them are checked before any is changed.
+
+    Raises:
+        CheckpointError: naming ``source``, the entry, what it has and what was expected.
+    """
+    if set(state) != set(objects):
+        raise CheckpointError(f"{source}: has the entries {sorted(state)}, expected {sorted(objects)}")
+    for name, value in objects.items():
+        _check(f"{source}: entry {name!r}", value, state[name])
+    options = sharded.StateDictOptions(full_state_dict=True)
+    for name, value in objects.items():
+        if accelerator.distributed_type == DistributedType.FSDP and isinstance(value, nn.Module):
+            sharded.set_model_state_dict(value, state[name], options=options)
+        elif accelerator.distributed_type == DistributedType.FSDP and isinstance(value, Optimizer):
+            sharded.set_optimizer_state_dict(_model_of(value, objects), _inner(value), state[name], options=options)
+        else:
+            (unwrap(value) if isinstance(value, nn.Module) else value).load_state_dict(state[name])
+
+
+def load_weights(model: nn.Module, folder: str | Path, *, entry: str = "model", ema: str = "ema") -> None:
+    """Load the weights to publish from a checkpoint of :func:`mmvae.training.fit`: its model, with averaged weights where it has them.
+
+    Arguments:
+        model: wrapped or not.
+        folder: the checkpoint, such as ``Result.checkpoint``.
+        entry: name of the model in the state that was given to ``fit``.
+        ema: name of its :class:`EMA` there, if any.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model; ``model`` is unchanged then.
+    """
+    state, _ = checkpoint.load(folder)
+    if entry not in state:
+        raise CheckpointError(f"{folder}: has no entry {entry!r}, only {sorted(state)}")
+    weights = dict(state[entry])
+    for name, average in state.get(ema, {"weights": {}})["weights"].items():
+        weights[name] = average.to(weights[name].dtype)
+    model = unwrap(model)
+    _check(f"{folder}: entry {entry!r}", model, weights)
+    model.load_state_dict(weights)
+
+
+def _check(what: str, value: Any, saved: Mapping[str, Any]) -> None:
+    """Whether ``saved`` fits ``value``, as far as torch would only find out after changing half of it."""
+    if isinstance(value, nn.Module):
+        now, then = ({name: (str(x.dtype), tuple(x.shape)) for name, x in d.items()} for d in (unwrap(value).state_dict(), saved))
+    elif isinstance(value, Optimizer):
+        now, then = ({f"group {i}": len(g["params"]) for i, g in enumerate(d["param_groups"])} for d in (value.state_dict(), saved))
+    elif isinstance(value, EMA):
+        now, then = ({name: tuple(w.shape) for name, w in weights.items()} for weights in (value.weights, saved["weights"]))
+    else:
+        return
+    changes = checkpoint.compare(then, now)
+    if changes:
+        raise CheckpointError(f"{what} does not fit ({len(changes)} differences, saved -> expected): {'; '.join(changes[:3])}")
+
+
+def _model_of(optimizer: Optimizer, objects: Mapping[str, Any]) -> nn.Module:
+    """The model among ``objects`` whose parameters the optimizer steps."""
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for value in objects.values():
+        if isinstance(value, nn.Module) and stepped <= {id(p) for p in value.parameters()}:
+            return value
+    raise CheckpointError("an FSDP optimizer can be saved only together with its model: expected the model among the entries of the state")
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """What accelerate wraps."""
+    return getattr(optimizer, "optimizer", optimizer)

@@ -1,0 +1,280 @@
+"""A run that was stopped anywhere ends with the same bits as one that never stopped; nothing that does not fit is resumed from."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_toy import digest, make, run
+
+from mmvae import checkpoint
+from mmvae.checkpoint import CheckpointError
+
+TOY = Path(__file__).with_name("distributed_toy.py")
+STEPS = 6  # two epochs of three batches, the last one incomplete
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run that never stopped, with the checkpoint of every step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("reference")
+    run(folder, keep=STEPS)
+    torch.set_num_threads(threads)
+    return folder
+
+
+def test_two_runs_are_equal(reference, tmp_path):
+    run(tmp_path)
+    assert digest(tmp_path) == digest(reference)
+    run(tmp_path / "other", lr=0.051)
+    assert digest(tmp_path / "other") != digest(reference)
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_resuming_from_every_step_gives_the_same_bits(reference, tmp_path, step):
+    shutil.copytree(reference / f"step-{step:08d}", tmp_path / f"step-{step:08d}")
+    steps = []
+    run(tmp_path, hook=steps.append)
+    assert steps == list(range(step, STEPS))
+    assert digest(tmp_path) == digest(reference)
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_any_step_saves_and_resumes_with_the_same_bits(reference, tmp_path, step, number, capsys):
+    handler = signal.getsignal(number)
+    options = {"save_every": 100, "log_every": 2 if number == signal.SIGTERM else 4}
+
+    def hook(n):
+        if n == step:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "a", hook=hook, **options)
+    assert stopped.value.code == 128 + number
+    assert signal.getsignal(number) is handler
+    assert checkpoint.newest(tmp_path / "a")[0].name == f"step-{step + 1:08d}"
+    assert f"{number.name} at step {step + 1}" in capsys.readouterr().out
+    run(tmp_path / "a", **options)
+    run(tmp_path / "b", **options)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_a_finished_run_is_not_touched(reference, capsys):
+    before = {path: path.stat().st_mtime_ns for path in reference.glob("step-*/*")}
+    history = (reference / "history.jsonl").read_text()
+    steps = []
+    result, _ = run(reference, hook=steps.append, keep=STEPS)
+    assert not steps and result.step == STEPS
+    assert {path: path.stat().st_mtime_ns for path in reference.glob("step-*/*")} == before
+    assert (reference / "history.jsonl").read_text() == history
+    assert "resumed from" in capsys.readouterr().out
+
+
+def test_history_has_no_lines_of_a_lost_future(reference, tmp_path):
+    shutil.copytree(reference / "step-00000002", tmp_path / "step-00000002")
+    (tmp_path / "history.jsonl").write_text('{"step": 99}\n{"half')
+    run(tmp_path)
+    assert (tmp_path / "history.jsonl").read_text() == (reference / "history.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_newest_checkpoint_is_passed_over(reference, tmp_path, name, capsys):
+    for step in (3, 4):
+        shutil.copytree(reference / f"step-{step:08d}", tmp_path / f"step-{step:08d}")
+    path = tmp_path / "step-00000004" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"step-00000004/{name}"):
+        run(tmp_path, resume=tmp_path / "step-00000004")
+    run(tmp_path)
+    output = capsys.readouterr().out
+    assert "passed over step-00000004" in output and name in output and "step-00000003" in output
+    assert digest(tmp_path) == digest(reference)
+
+
+def test_an_explicit_checkpoint_and_never(reference, tmp_path):
+    run(tmp_path, resume=reference / "step-00000002")
+    assert digest(tmp_path) == digest(reference)
+    with pytest.raises(CheckpointError, match="resume='never'"):
+        run(tmp_path, resume="never")
+    with pytest.raises(CheckpointError, match="nowhere/manifest.json: the file is missing"):
+        run(tmp_path, resume=tmp_path / "nowhere")
+    run(tmp_path / "fresh", resume="never")
+    assert digest(tmp_path / "fresh") == digest(reference)
+
+
+def test_another_configuration_is_refused_field_by_field(tmp_path):
+    run(tmp_path, info={"config": {"hidden": 8, "drop": 0.1}, "batch_size": 4}, max_steps=2)
+    with pytest.raises(CheckpointError, match=r"(?s)changed.*config.hidden: 8 -> 9\n.*batch_size: 4 -> 8\n.*seed: 0 -> 3$"):
+        run(tmp_path, info={"config": {"hidden": 9, "drop": 0.1}, "batch_size": 8}, seed=3)
+    result, _ = run(
+        tmp_path,
+        info={"config": {"hidden": 9, "drop": 0.1}, "batch_size": 8},
+        seed=3,
+        allow_changes=["config.hidden", "batch_size", "seed"],
+    )
+    assert result.step == STEPS
+
+
+def test_what_does_not_fit_changes_nothing(reference, tmp_path):
+    for options, message in [
+        ({"state": {"model": torch.nn.Linear(1, 1)}}, r"has the entries \['ema', 'model'.*expected \['model'\]"),
+        ({"state": "wider"}, r"step-00000006: entry 'model' does not fit .*inner.0.bias: .*\(8,\).*\(9,\)"),
+        ({"state": "groups"}, "entry 'optimizer' does not fit .*group 0: 4 -> 2"),
+    ]:
+        model = None
+        if isinstance(options["state"], str):
+            state = make()[3]["state"]
+            if options["state"] == "wider":
+                state["model"].inner[0] = torch.nn.Linear(4, 9)
+            else:
+                parameters = list(state["model"].parameters())
+                groups = [{"params": parameters[:2]}, {"params": parameters[2:]}]
+                state["optimizer"] = torch.optim.AdamW(groups)
+            model, options = state["model"], {"state": state}
+        before = None if model is None else {name: w.clone() for name, w in model.state_dict().items()}
+        with pytest.raises(CheckpointError, match=message):
+            run(tmp_path, resume=reference / "step-00000006", **options)
+        assert model is None or all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+
+# ---- processes of their own
+
+
+def environment():
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TOY.parent), str(TOY.parent.parent), *sys.path]),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """What came of runs that were killed at random times, forked from one process."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, str(TOY), "kill", json.dumps({"folder": str(folder), "kills": 8})]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(killed):
+    _, outcome = killed
+    assert set(outcome["digests"]) == {outcome["reference"]}
+    assert outcome["kills"] == 8
+    landed = [step for step in outcome["landed"] if step > 0]
+    assert len(landed) >= 4, f"the kills did not land in the run: {outcome['landed']}"
+    assert len(set(landed)) >= 3, f"the kills did not land in the run: {outcome['landed']}"
+
+
+def test_a_second_signal_ends_the_process_at_once(killed):
+    folder, outcome = killed
+    assert outcome["second_signal"] == 143
+    assert checkpoint.newest(folder / "twice") == (None, [])
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Several runs on two gloo ranks, in one launch."""
+    root = tmp_path_factory.mktemp("ranks")
+    plain = {"dropout": 0.0, "accumulation": 2}
+    runs = [
+        plain | {"folder": str(root / "plain")},
+        plain | {"folder": str(root / "single_rows"), "num_rows": 5, "batch_size": 4},
+        {"folder": str(root / "dropout"), "num_epochs": 3},
+        *({"folder": str(root / "stopped"), "num_epochs": 3, "save_every": 100, "stop_at": n} for n in (1, 4)),
+        {"folder": str(root / "stopped"), "num_epochs": 3, "save_every": 100},
+        {
+            "folder": str(root / "nan"),
+            "nan_from": 3,
+            "nan_rank": 1,
+            "max_skipped": 2,
+            "num_epochs": 9,
+            "evaluate": None,
+        },
+        {"folder": str(root / "dropout"), "num_epochs": 3, "seed": 5},
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+        str(TOY),
+        "train",
+    ]
+    command.append(json.dumps({"report": str(root), "runs": runs}))
+    process = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    reports = [root / f"rank{rank}.json" for rank in (0, 1)]
+    assert all(report.exists() for report in reports), process.stderr[-3000:]
+    return root, [json.loads(report.read_text()) for report in reports]
+
+
+def test_two_ranks_are_one_rank(ranks, tmp_path):
+    _, reports = ranks
+    for index, options in enumerate([{}, {"num_rows": 5, "batch_size": 4}]):
+        two = reports[0][index]
+        one, state = run(tmp_path / str(index), dropout=0.0, accumulation=2, **options)
+        assert two["world"] == 2
+        for mine, theirs in zip(one.history, two["history"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5)
+        for mine, theirs in zip(state["model"].parameters(), two["weights"], strict=True):
+            torch.testing.assert_close(mine.detach(), torch.tensor(theirs), rtol=0, atol=1e-5)
+
+
+def test_ranks_never_drift_apart(ranks):
+    _, (first, second) = ranks
+    for mine, theirs in zip(first, second, strict=True):
+        assert mine.get("weights") == theirs.get("weights") and mine.get("history") == theirs.get("history")
+    assert "weights" in first[2]
+
+
+def test_ranks_stop_together_and_go_on_with_the_same_bits(ranks):
+    _, reports = ranks
+    for report in reports:
+        assert [outcome.get("exit") for outcome in report[3:5]] == [143, 143]
+        assert report[5]["digest"] == report[2]["digest"] and report[5]["step"] == 9
+
+
+def test_one_rank_that_is_not_finite_stops_all(ranks):
+    root, reports = ranks
+    for report in reports:
+        assert "step 5: loss or gradients were not finite in 2 steps in a row" in report[6]["error"]
+    folder, _ = checkpoint.newest(root / "nan")
+    state, _ = checkpoint.load(folder)
+    assert state["optimizer"]["state"][0]["step"] == 3
+    assert all(torch.isfinite(w).all() for w in state["model"].values())
+
+
+def test_all_ranks_refuse_together(ranks):
+    _, reports = ranks
+    assert all("seed: 0 -> 5" in report[7]["error"] for report in reports)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(ranks, tmp_path):
+    root, reports = ranks
+    two = reports[0][0]
+    for step in (5, 6):
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        shutil.copytree(root / "plain" / f"step-{step:08d}", tmp_path / "x" / f"step-{step:08d}")
+        one, state = run(tmp_path / "x", dropout=0.0, accumulation=2)
+        assert one.step == STEPS
+        for mine, theirs in zip(state["model"].parameters(), two["weights"], strict=True):
+            torch.testing.assert_close(mine.detach(), torch.tensor(theirs), rtol=0, atol=1e-5)
