@@ -1,0 +1,205 @@
+"""What a person looks at: grids of pictures, curves of a run, tables of sentences.
+
+Pictures are small PNG files. Nothing here keeps state between calls (no ``pyplot``), so it works in threads and without a display.
+
+Shapes: ``N`` pictures, ``D`` latent units, ``K`` steps of a walk, ``C,H,W`` image with 1, 3 or 4 channels.
+"""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.utils import make_grid
+
+_SHOWN_PIXELS = 64  # smaller pictures are enlarged, so that 28 pixels can be looked at
+
+
+def _rgb(pixels: Tensor) -> Tensor:
+    """(N, 1 | 3 | 4, H, W) uint8 or float in [0, 1] to (N, 3, H', W') float on the CPU, laid on white, small ones enlarged."""
+    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3, 4) or pixels.numel() == 0:
+        raise ValueError(f"pixels: got shape {tuple(pixels.shape)}, expected (N, C, H, W) with C in 1, 3, 4 and N >= 1")
+    pixels = pixels.detach().cpu()
+    pixels = pixels / 255 if pixels.dtype == torch.uint8 else pixels.float()
+    low, high = pixels.min().item(), pixels.max().item()
+    if not (0 <= low and high <= 1):  # written so that NaN fails
+        raise ValueError(f"pixels: got values in [{low:.4g}, {high:.4g}], expected [0, 1] or uint8")
+    if pixels.shape[1] == 4:
+        pixels = pixels[:, :3] * pixels[:, 3:] + 1 - pixels[:, 3:]
+    scale = max(_SHOWN_PIXELS // max(pixels.shape[-2:]), 1)
+    return interpolate(pixels.expand(-1, 3, -1, -1), scale_factor=scale, mode="nearest")
+
+
+def _arrange(pixels: Tensor, columns: int) -> Tensor:
+    """(N, C, H, W) to one (H', W', 3) uint8 picture on a white ground."""
+    return make_grid(_rgb(pixels), nrow=columns, padding=2, pad_value=1).mul(255).round().byte().permute(1, 2, 0)
+
+
+def grid(pixels: Tensor, path: str | Path, columns: int | None = None) -> Path:
+    """Pictures side by side, row after row: samples, or walks between pictures, one per row.
+
+    Arguments:
+        pixels: (N, C, H, W) float in [0, 1] or uint8; or (N, K, C, H, W), one row of K pictures for each of the N.
+        path: the PNG file; its folder is made.
+        columns: pictures in a row; by default K, or as many as make the grid nearly square.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: another shape, or values outside [0, 1] (NaN too).
+    """
+    if pixels.ndim == 5:
+        columns, pixels = columns or pixels.shape[1], pixels.flatten(0, 1)
+    path = Path(path)
+    picture = Image.fromarray(_arrange(pixels, columns or round(len(pixels) ** 0.5 + 0.49)).numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, format="PNG", optimize=True)
+    return path
+
+
+def reconstructions(originals: Tensor, reconstructed: Tensor, path: str | Path, columns: int = 8) -> Path:
+    """Originals, and under each of them what the model made of it.
+
+    Arguments:
+        originals: (N, C, H, W) float in [0, 1] or uint8.
+        reconstructed: (N, C, H, W) float in [0, 1] or uint8.
+        path: the PNG file; its folder is made.
+        columns: pairs in a row.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: numbers of pictures that differ, or what ``grid`` refuses.
+    """
+    if len(originals) != len(reconstructed):
+        raise ValueError(f"reconstructed: got {len(reconstructed)} pictures, expected {len(originals)}, one for each original")
+    columns = min(columns, len(originals))
+    above, below = _rgb(originals), _rgb(reconstructed)
+    blank = torch.ones(-len(above) % columns, *above.shape[1:])  # fills the last row, so that every pair stays together
+    rows = [torch.cat([side, blank]).unflatten(0, (-1, columns)) for side in (above, below)]
+    return grid(torch.stack(rows, 1).flatten(0, 2), path, columns)
+
+
+def traversals(pixels: Tensor, labels: Sequence[str], path: str | Path, title: str = "") -> Path:
+    """Walks along latent units: row d shows the pictures of unit d as its value grows.
+
+    Arguments:
+        pixels: (D, K, C, H, W) float in [0, 1] or uint8.
+        labels: D names, for example ``"z17  2.1 nats"``.
+        path: the PNG file; its folder is made.
+        title: a line above the rows.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: numbers of rows and labels that differ, or what ``grid`` refuses.
+    """
+    if pixels.ndim != 5 or len(labels) != len(pixels):
+        raise ValueError(f"labels: got {len(labels)} for pixels {tuple(pixels.shape)}, expected one per row of (D, K, C, H, W)")
+    picture = _arrange(pixels.flatten(0, 1), pixels.shape[1])
+    height, width = picture.shape[0] / 100, picture.shape[1] / 100
+    margin, top = 0.9, 0.35 if title else 0.05  # inches
+    figure = Figure(figsize=(width + margin, height + top), dpi=100)
+    axes = figure.add_axes((margin / (width + margin), 0, width / (width + margin), height / (height + top)))
+    axes.imshow(picture.numpy(), interpolation="nearest")
+    step = (picture.shape[0] - 2) / len(labels)
+    axes.set_yticks([1 + step * (row + 0.5) for row in range(len(labels))], labels, fontsize=8)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=9)
+    return _save(figure, path)
+
+
+def curves(history: Sequence[Mapping[str, float]], path: str | Path) -> Path:
+    """How a run went: one panel for each quantity, over optimizer steps.
+
+    ``train/loss`` and ``eval/loss`` share the panel "loss"; a quantity without numbers has none.
+
+    Arguments:
+        history: records such as ``{"step": 100, "train/loss": 120.3, "train/kl": 4.2}``; each may have other keys.
+        path: the PNG file; its folder is made.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: a history without any quantity, or a record without "step".
+    """
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for i, record in enumerate(history):
+        if "step" not in record:
+            raise ValueError(f"history[{i}]: got keys {sorted(record)}, expected one named 'step'")
+        for name, value in record.items():
+            if name not in ("step", "epoch") and isinstance(value, int | float):
+                part, _, quantity = name.rpartition("/")
+                panels.setdefault(quantity, {}).setdefault(part, []).append((record["step"], value))
+    if not panels:
+        raise ValueError(f"history: got {len(history)} records without a quantity, expected at least one, such as 'train/loss'")
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4 * columns, 2.8 * rows), dpi=90, layout="constrained")
+    for i, (quantity, parts) in enumerate(panels.items()):
+        _curve(figure.add_subplot(rows, columns, i + 1), quantity, parts)
+    return _save(figure, path)
+
+
+def _curve(axes, quantity: str, parts: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    for part, points in parts.items():
+        axes.plot(*zip(*points, strict=True), label=part, linewidth=1.2, marker="." if len(points) < 40 else None)
+    axes.set_title(quantity.replace("_", " "), fontsize=10)
+    axes.set_xlabel("optimizer step", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    if any(parts):
+        axes.legend(fontsize=8)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return path
+
+
+def table(columns: Mapping[str, Sequence[object]]) -> str:
+    """Sentences or figures as a Markdown table, shown as they are: "<unk>" and "|" are text, not markup.
+
+    Arguments:
+        columns: heading to cells; all columns are equally long.
+
+    Returns:
+        The table, one line per row, ending in a newline.
+
+    Raises:
+        ValueError: columns of different lengths.
+
+    Example:
+        >>> print(table({"original": ["a <unk> heart"], "reconstruction": [""]}), end="")
+        | original | reconstruction |
+        |---|---|
+        | a &lt;unk&gt; heart | *(empty)* |
+    """
+    lengths = {name: len(cells) for name, cells in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"columns: got lengths {lengths}, expected one or more columns of the same length")
+    rows = [
+        [_cell(name) for name in columns],
+        *([_cell(cell) for cell in row] for row in zip(*columns.values(), strict=True)),
+    ]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:], ""])
+
+
+def _cell(value: object) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = re.sub(r"([\\`*_|\[\]$~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return text or "*(empty)*"
