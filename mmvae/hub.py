@@ -1,0 +1,240 @@
+"""A finished model folder and the Hub: the model card, and one commit.
+
+write_metrics(folder, metrics, ...)  ->  metrics.json  ->  write_card(folder, ...)  ->  README.md  ->  push(folder, "user/name")
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+)
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from mmvae.pictures import table
+from mmvae.record import public, replace_text, write_metrics
+
+__all__ = ["check_repo_id", "model_card", "push", "write_card", "write_metrics"]
+
+_PUBLISHED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".md")
+_PIPELINE_TAGS = {"image_vae": "unconditional-image-generation", "text_vae": "text-generation"}
+
+_USAGE = {
+    "image_vae": """\
+pixels = model.sample(8)  # (8, C, H, W) in [0, 1], from the prior
+inputs = processor(image, return_tensors="pt")  # a PIL image, an array, or a list of them
+latents = model.encode(**inputs).mean
+again = model.reconstruct(**inputs)
+""",
+    "text_vae": """\
+from mmvae.processing import decode_text
+
+print(decode_text(processor, model.sample(4)))  # sentences from the prior
+inputs = processor(["a sentence of the kind it was trained on"], return_tensors="pt")
+latents = model.encode(**inputs).mean
+print(decode_text(processor, model.generate(latents=latents, max_new_tokens=40, num_beams=4)))
+""",
+}
+
+_CARD = """\
+---
+{card_data}
+---
+
+# {title}
+
+{summary}
+
+## Use
+
+Install the package and import it **first**: `import mmvae` registers its classes, and without it `AutoModel` does not know this
+architecture and `AutoProcessor` does not find all of the processor.
+
+```bash
+pip install mmvae
+```
+
+```python
+import mmvae  # first: it registers the classes with AutoModel and AutoProcessor
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{repo_id}", dtype="float32")
+processor = AutoProcessor.from_pretrained("{repo_id}")
+{usage}```
+
+{sections}"""
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found, expected a model folder with config.json and metrics.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _results(record: Mapping[str, Any], task: str) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=record["dataset"],
+            dataset_name=record["dataset"],
+            dataset_split=record["split"],
+            metric_type=name,
+            metric_name=name.replace("_", " "),
+            metric_value=value,
+        )
+        for name, value in record["metrics"].items()
+        if isinstance(value, int | float)
+    ]
+
+
+def _sections(folder: Path, record: Mapping[str, Any], sentences: Mapping[str, str]) -> str:
+    """The body of a card: figures, sentences, metrics, and how they came about."""
+    text = [f"## Metrics\n\nOn the {record['split']} split of {record['dataset']}:\n"]
+    text.append(table({"metric": list(record["metrics"]), "value": list(record["metrics"].values())}))
+    for title, block in sentences.items():
+        text.append(f"## {title}\n\n{public(block)}")
+    for figure in sorted((folder / "figures").glob("*.png")):
+        title = figure.stem.replace("_", " ").capitalize()
+        text.append(f"## {title}\n\n![{title}](figures/{figure.name})\n")
+    commit = f"`{record['commit']}`{' with changes' if record['commit_has_changes'] else ''}" if record.get("commit") else "not recorded"
+    text.append(f"## Training\n\n```bash\n{record['command']}\n```\n")
+    text.append(f"{record['seconds']:.0f} seconds on {_listed(record['hardware'])}; commit {commit}; {_listed(record['versions'])}.\n")
+    if record["hyperparameters"]:
+        options = record["hyperparameters"]
+        text.append("### Hyper-parameters\n\n" + table({"name": list(options), "value": list(options.values())}))
+    return "\n".join(text)
+
+
+def _listed(items: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in items.items())
+
+
+def model_card(
+    folder: str | Path,
+    *,
+    repo_id: str | None = None,
+    summary: str = "",
+    license: str = "apache-2.0",
+    sentences: Mapping[str, str] | None = None,
+    tags: Sequence[str] = (),
+    language: str | Sequence[str] | None = None,
+) -> ModelCard:
+    """The model card of a folder, from its ``config.json``, ``metrics.json`` and ``figures/*.png``.
+
+    Arguments:
+        folder: a model folder with a ``metrics.json``.
+        repo_id: where it will be published, shown in the snippet; by default the folder's name.
+        summary: a sentence or two about the model.
+        license: identifier of the licence of the weights.
+        sentences: Markdown by title, for example ``{"Reconstructions": table(...)}``.
+        tags: further tags.
+        language: ISO 639-1 codes of the text, for example "en".
+
+    Returns:
+        The card, with the metrics also in its ``model-index``.
+
+    Raises:
+        FileNotFoundError: no ``config.json`` or ``metrics.json``.
+    """
+    folder = Path(folder)
+    config, record = _json(folder, "config.json"), _json(folder, "metrics.json")
+    kind, name = config.get("model_type", "vae"), repo_id or folder.resolve().name
+    architecture, task = (config.get("architectures") or [kind])[0], _PIPELINE_TAGS.get(kind, "feature-extraction")
+    data = ModelCardData(
+        license=license,
+        library_name="mmvae",
+        pipeline_tag=task,
+        tags=["mmvae", "vae", kind, *tags],
+        language=language,
+        model_name=name.split("/")[-1],
+        eval_results=_results(record, task),
+    )
+    return ModelCard(
+        _CARD.format(
+            card_data=data.to_yaml(),
+            title=name.split("/")[-1],
+            summary=public(summary) or f"This {architecture} was trained with mmvae on {record['dataset']}.",
+            repo_id=name,
+            usage=_USAGE.get(kind, ""),
+            sections=_sections(folder, record, sentences or {}),
+        )
+    )
+
+
+def write_card(folder: str | Path, **options: Any) -> Path:
+    """Write ``model_card(folder, **options)`` as the folder's ``README.md`` and return its path."""
+    return replace_text(Path(folder) / "README.md", str(model_card(folder, **options)))
+
+
+def check_repo_id(repo_id: str) -> str:
+    """Return ``repo_id`` if the Hub can have a repository of that name; recipes ask before they train.
+
+    Raises:
+        ValueError: not of the form "name" or "user/name".
+
+    Example:
+        >>> check_repo_id("alice/sprites-vae")
+        'alice/sprites-vae'
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id: got {repo_id!r}, expected 'user/name' ({error})") from None
+    return repo_id
+
+
+def _published(folder: Path) -> dict[str, Path]:
+    """Path in the repository to file: what belongs to a model folder, and nothing else that lies there (checkpoints, logs, drafts)."""
+    weights = "model.safetensors"
+    present = [(folder / name).is_file() for name in (weights, f"{weights}.index.json")]
+    missing = [name for name, found in (("config.json", (folder / "config.json").is_file()), (weights, any(present))) if not found]
+    if missing:
+        raise FileNotFoundError(f"{folder}: no {' and no '.join(missing)}, expected a model folder as save_pretrained writes it")
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix in _PUBLISHED and not path.name.startswith(".")]
+    files += (folder / "figures").glob("*.png")
+    return {path.relative_to(folder).as_posix(): path for path in sorted(files)}
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None, revision: str | None = None) -> str:
+    """Publish a model folder in one commit: the repository shows the old state or the new one, never a mixture.
+
+    Checkpoints, logs and drafts stay at home. Weights and figures of an earlier push that the folder no longer has are deleted.
+
+    Arguments:
+        folder: model folder with ``config.json`` and ``model.safetensors``.
+        repo_id: "user/name", or "name" for one's own; made if it does not exist.
+        private: whether the repository must be private.
+        token: access token; by default the one of ``hf auth login`` or ``HF_TOKEN``. It is written nowhere.
+        revision: branch, made if it does not exist; by default "main".
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ValueError: a malformed ``repo_id``, or a public repository where a private one was asked for.
+        FileNotFoundError: a folder without a model, naming what is missing.
+    """
+    check_repo_id(repo_id)
+    files = _published(Path(folder))
+    api = HfApi(token=token)
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    repo_id = url.repo_id
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f"private: {repo_id} exists and is public, expected a private repository; nothing was uploaded")
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    there = api.list_repo_files(repo_id, revision=revision)
+    stale = [name for name in there if name.endswith((".safetensors", ".safetensors.index.json", ".png")) and name not in files]
+    # Not upload_folder: it splits what it uploads into several commits where it sees fit.
+    operations = [CommitOperationAdd(name, path) for name, path in files.items()] + [CommitOperationDelete(name) for name in stale]
+    message = f"Upload {_json(Path(folder), 'config.json').get('model_type', 'model')} with mmvae"
+    api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    return str(url)

@@ -1,0 +1,96 @@
+"""Push a model folder to a Hub over HTTP and get it back; run by test_hub.py in a process of its own, and reports in JSON.
+
+In its own process because huggingface_hub reads HF_ENDPOINT when it is imported.   python tests/hub_scenario.py FOLDER
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from localhub import Handler, LocalHub
+
+
+class FallibleHandler(Handler):
+    """A Hub that breaks down at the commit when it is told to, after every file has arrived."""
+
+    breaks = False
+
+    def do_POST(self):
+        if type(self).breaks and "/commit/" in self.path:
+            self.body()
+            return self.error(500, "broken down")
+        return self.handle_any()
+
+
+def state(hub, repo_id):
+    """Head and file names of a repository, as the server has them."""
+    repo = hub.srv.store.repos[f"model/{repo_id}"]
+    head = repo["refs"]["main"]
+    return {
+        "head": head,
+        "commits": len(repo["log"]),
+        "files": sorted(repo["commits"][head]["files"]),
+        "private": repo["private"],
+    }
+
+
+def failure(call):
+    """Type and message of what a call raises."""
+    try:
+        call()
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    return ["nothing", ""]
+
+
+def scenario(hub, folder):
+    import torch
+    from transformers import AutoTokenizer, BertModel
+
+    from mmvae.hub import push
+
+    seen = {}
+    url = push(folder, "alice/tiny", private=True)
+    seen["url"], seen["first"] = url, state(hub, "alice/tiny")
+
+    ours, theirs = BertModel.from_pretrained(folder), BertModel.from_pretrained("alice/tiny")
+    seen["weights_equal"] = all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    seen["tokens"] = AutoTokenizer.from_pretrained("alice/tiny")("a small heart").input_ids
+    seen["stranger"] = failure(lambda: BertModel.from_pretrained("alice/tiny", token="hf_local_mallory", force_download=True))
+
+    with torch.no_grad():
+        ours.embeddings.word_embeddings.weight.add_(1)
+    ours.save_pretrained(folder)
+    for figure in (folder / "figures").glob("*.png"):
+        figure.rename(figure.with_name("renamed.png"))
+    FallibleHandler.breaks = True
+    seen["broken"], seen["after_failure"] = (
+        failure(lambda: push(folder, "alice/tiny", private=True)),
+        state(hub, "alice/tiny"),
+    )
+    FallibleHandler.breaks = False
+    again = BertModel.from_pretrained("alice/tiny", force_download=True)
+    seen["old_revision_whole"] = all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), theirs.state_dict().values(), strict=True)
+    )
+    push(folder, "alice/tiny", private=True)
+    seen["second"] = state(hub, "alice/tiny")
+    push(folder, "alice/tiny", revision="trial")
+    seen["branches"] = sorted(hub.srv.store.repos["model/alice/tiny"]["refs"])
+
+    push(folder, "alice/open")
+    seen["public_asked_private"] = failure(lambda: push(folder, "alice/open", private=True))
+    seen["unknown_endpoints"] = hub.srv.unknown
+    return seen
+
+
+def main():
+    with LocalHub() as hub:
+        hub.srv.RequestHandlerClass = FallibleHandler
+        os.environ["HF_ENDPOINT"] = hub.url
+        print(json.dumps(scenario(hub, Path(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()

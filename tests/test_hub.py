@@ -1,0 +1,217 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import BertConfig, BertModel
+
+from mmvae.hub import check_repo_id, model_card, push, write_card, write_metrics
+from mmvae.pictures import grid, table
+from mmvae.processing import train_tokenizer
+from mmvae.record import command, public
+
+SECRET = "hf_local_alice"
+ARGV = ["recipes/text_vae.py", "--dataset", "ptb", "--push_to_hub", "alice/tiny", "--hub_token", SECRET]
+
+
+def save_model(folder: Path) -> None:
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=20, max_position_embeddings=8, **size)).save_pretrained(folder)
+    train_tokenizer(["a small heart", "a big red ellipse"]).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model folder as a recipe leaves it, beside things that stay at home."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    save_model(folder)
+    grid(torch.rand(4, 3, 8, 8), folder / "figures" / "samples.png")
+    for name in (
+        "checkpoints/step-1/model.safetensors",
+        "history.jsonl",
+        ".metrics.json.tmp",
+        "logs/events.json",
+        "optimizer.bin",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("stays at home")
+    write_metrics(
+        folder,
+        {"neg_elbo_nats": 101.25, "kl_nats": 7.5, "psnr_db": float("inf")},
+        seconds=12.34,
+        dataset="ptb",
+        hyperparameters={"latent_dim": 32, "hub_token": SECRET, "dataset": Path.home() / "data"},
+        argv=ARGV,
+    )
+    write_card(
+        folder,
+        repo_id="alice/tiny",
+        sentences={"Reconstructions": table({"original": ["a <unk>"], "reconstruction": ["a | b"]})},
+    )
+    return folder
+
+
+def test_metrics_tell_how_to_get_them_again(folder):
+    record = json.loads((folder / "metrics.json").read_text())
+    assert record["metrics"] == {"neg_elbo_nats": 101.25, "kl_nats": 7.5, "psnr_db": "inf"}
+    assert record["command"].endswith("python recipes/text_vae.py --dataset ptb --push_to_hub alice/tiny")
+    assert record["seconds"] == 12.3
+    assert record["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert record["hyperparameters"] == {"latent_dim": 32, "dataset": "~/data"}
+    assert {"commit", "hardware", "split", "dataset"} <= set(record)
+
+
+def test_dataset_paths_are_not_told(tmp_path):
+    (tmp_path / "my_data").mkdir()
+    path = write_metrics(tmp_path / "out", {}, seconds=1, dataset=str(tmp_path / "my_data"), argv=["r.py"])
+    assert json.loads(path.read_text())["dataset"] == "my_data"
+    assert str(tmp_path) not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (["r.py", "--hub_token", "secret", "--seed", "1"], "r.py --seed 1"),
+        (["r.py", "--hub-token=secret", "--seed=1"], "r.py --seed=1"),
+        (["r.py", "--token", "--seed", "1"], "r.py --seed 1"),
+        (["r.py", "--note", "my hf_abcdefghijkl"], "r.py --note 'my ***'"),
+        (["r.py", "--max_new_tokens", "4", "--tokenizer", "bpe"], "r.py --max_new_tokens 4 --tokenizer bpe"),
+        ([str(Path.home() / "r.py"), str(Path.cwd() / "out")], "'~/r.py' ./out"),
+    ],
+)
+def test_command_keeps_no_secret(argv, shown):
+    assert command(argv).split(maxsplit=1)[1].removeprefix("launch ") == shown
+
+
+def test_token_of_the_login_is_blanked(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "unusual-token")
+    assert public(["x unusual-token y", {"api_key": 1, "seed": 2}]) == ["x *** y", {"seed": 2}]
+
+
+def test_card_tells_to_import_mmvae_first(folder):
+    text = (folder / "README.md").read_text()
+    assert text.index("pip install mmvae") < text.index("import mmvae  # first") < text.index("AutoModel.from_pretrained")
+    assert 'AutoModel.from_pretrained("alice/tiny"' in text
+    assert "(figures/samples.png)" in text
+    assert "a &lt;unk&gt; | a \\| b" in text
+    assert "| neg\\_elbo\\_nats | 101.25 |" in text
+    assert "recipes/text_vae.py --dataset ptb" in text
+
+
+def test_card_has_a_model_index(folder):
+    data = ModelCard.load(folder / "README.md").data
+    assert (data.library_name, data.license, data.model_name) == ("mmvae", "apache-2.0", "tiny")
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == {
+        "neg_elbo_nats": 101.25,
+        "kl_nats": 7.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "tag", "call"),
+    [
+        ("image_vae", "unconditional-image-generation", "model.sample(8)"),
+        ("text_vae", "text-generation", "decode_text"),
+    ],
+)
+def test_card_knows_the_modality(folder, tmp_path, kind, tag, call):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "architectures": ["X"]}))
+    (tmp_path / "metrics.json").write_text((folder / "metrics.json").read_text())
+    card = model_card(tmp_path, license="mit", tags=["sprites"], language="en")
+    assert card.data.pipeline_tag == tag
+    assert {"mmvae", "vae", kind, "sprites"} == set(card.data.tags)
+    code = str(card).split("```python\n")[1].split("```")[0]
+    compile(code, "snippet", "exec")
+    assert call in code
+
+
+def test_card_needs_metrics(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"metrics\.json: not found"):
+        write_card(tmp_path)
+
+
+@pytest.mark.parametrize("repo_id", ["", "a/b/c", "alice/", "alice/a b", "../x", "alice/x.git", "/abs/path"])
+def test_repo_id_is_checked_before_any_work(repo_id, tmp_path):
+    with pytest.raises(ValueError, match="repo_id: got"):
+        check_repo_id(repo_id)
+    with pytest.raises(ValueError, match="repo_id: got"):
+        push(tmp_path / "does not exist", repo_id)
+
+
+def test_push_names_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json and no model\.safetensors"):
+        push(tmp_path, "alice/tiny")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors, expected a model folder"):
+        push(tmp_path, "alice/tiny")
+
+
+@pytest.fixture(scope="module")
+def seen(folder, tmp_path_factory) -> dict:
+    """What happened when the folder was pushed and fetched, see hub_scenario.py."""
+    env = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
+    root = Path(__file__).parent.parent
+    env |= {"HF_TOKEN": SECRET, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path_factory.mktemp("home"))}
+    env |= {
+        "PYTHONPATH": str(root),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
+    script = [sys.executable, Path(__file__).with_name("hub_scenario.py"), folder]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=200, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert SECRET not in done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_push_and_back(seen):
+    assert seen["url"].endswith("/alice/tiny")
+    assert seen["weights_equal"]
+    assert seen["tokens"] == train_tokenizer(["a small heart", "a big red ellipse"])("a small heart").input_ids
+    assert set(seen["unknown_endpoints"]) <= {"GET /api/agent-harnesses"}  # which the client asks for its user agent
+
+
+def test_push_is_one_commit_of_the_model_alone(seen):
+    expected = [
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "figures/samples.png",
+        "metrics.json",
+        "model.safetensors",
+    ]
+    assert seen["first"]["files"] == [*expected, "tokenizer.json", "tokenizer_config.json"]
+    assert seen["first"]["commits"] == 2  # the repository's own and ours
+
+
+def test_private_stays_private(seen):
+    assert seen["first"]["private"]
+    assert seen["stranger"][0] == "OSError"
+    kind, message = seen["public_asked_private"]
+    assert kind == "ValueError"
+    assert message.startswith("private: alice/open exists and is public, expected a private repository")
+
+
+def test_interrupted_push_leaves_the_old_revision(seen):
+    assert "500" in seen["broken"][1]
+    assert seen["after_failure"] == seen["first"]
+    assert seen["old_revision_whole"]
+
+
+def test_next_push_completes_and_tidies(seen):
+    assert seen["second"]["commits"] == 3
+    assert "figures/renamed.png" in seen["second"]["files"]
+    assert "figures/samples.png" not in seen["second"]["files"]
+    assert seen["branches"] == ["main", "trial"]
+
+
+def test_no_file_holds_the_token(folder, seen):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    assert not [path for path in files if SECRET.encode() in path.read_bytes() or str(Path.home()).encode() + b"/" in path.read_bytes()]
