@@ -1,0 +1,163 @@
+r"""All figures of a VAE on a data set, by rows, over any number of ranks.
+
+Every figure is at weight 1, without free bits or dropout, with the posterior sampled; the noise of a row is keyed by (seed, row), so a
+figure does not depend on batch size or number of ranks.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from mmvae.distributions import DiagNormal
+from mmvae.metrics import active_units, bits_per_dim, mutual_information, perplexity, psnr, ssim
+from mmvae.models.base import VAE
+from mmvae.models.image_vae import BINARIZATIONS
+from mmvae.noise import fold, keyed_uniform
+from mmvae.optimization import unwrap
+from mmvae.training import evaluate
+
+_ELBO, _MARGINAL, _PIXELS = 0x656C626F, 0x6D617267, 0x70697865  # keep the noise of the estimates and of the pixels apart
+_MOST_MOMENTS = 1 << 26  # numbers kept for active units and mutual information
+
+Transform = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
+
+
+def binarization(mode: str) -> Transform | None:
+    r"""Make pixels 0 or 1: "none"; "threshold" at 1/2; or "dynamic", :math:`P(x = 1) =` pixel, drawn by the row's key.
+
+    Raises:
+        ValueError: for another mode.
+    """
+    if mode not in BINARIZATIONS:
+        raise ValueError(f"binarize: received {mode!r}, expected one of {list(BINARIZATIONS)}")
+    if mode == "none":
+        return None
+
+    def transform(batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+        pixels = batch["pixel_values"]
+        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        level = keyed_uniform(fold(_PIXELS, keys), pixels.shape[1:]) if mode == "dynamic" else 0.5
+        return {**batch, "pixel_values": (pixels > level).float()}
+
+    return transform
+
+
+def model_inputs(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a batch that the model takes."""
+    names = unwrap(model).input_names
+    return {name: value for name, value in batch.items() if name in names}
+
+
+class _Moments:
+    """Posterior means and log-variances of the rows of all ranks, as far as they fit."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.parts, self.size = accelerator, [], 0
+
+    def add(self, mean: Tensor, logvar: Tensor, weight: Tensor) -> None:
+        if self.size < _MOST_MOMENTS:
+            self.parts.append(torch.cat([mean.flatten(1), logvar.flatten(1), weight.unsqueeze(1)], 1).float())
+            self.size += self.parts[-1].numel()
+
+    def gathered(self) -> DiagNormal:
+        every = self.accelerator.gather(self.accelerator.pad_across_processes(torch.cat(self.parts)))
+        mean, logvar = every[every[:, -1] > 0, :-1].chunk(2, 1)
+        return DiagNormal(mean, logvar)
+
+
+def evaluate_elbo(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    loader: Any,
+    *,
+    seed: int = 0,
+    transform: Transform | None = None,
+    detailed: bool = False,
+) -> dict[str, float]:
+    """-ELBO and its parts.
+
+    Arguments:
+        accelerator: its ranks share the rows.
+        model: prepared by it.
+        loader: of the rows; see :class:`mmvae.data.Loader`.
+        seed: of the posterior's noise and of ``transform``.
+        transform: (batch, keys (B,)) -> batch, on the device: binarisation, for example.
+        detailed: also the mutual information, and for pictures PSNR and SSIM of the reconstructions.
+
+    Returns:
+        ``neg_elbo_nats``, ``reconstruction_nats``, ``kl_nats`` per row, ``active_units``; for text ``tokens`` per row.
+    """
+    moments = _Moments(accelerator)
+
+    def measure(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        key = fold(seed, _ELBO, batch["row"])
+        inputs = model_inputs(model, transform(batch, key) if transform else batch)
+        out = model(**inputs, sample_posterior=True, noise_key=key)
+        moments.add(out.latent_mean, out.latent_logvar, batch["row_weight"])
+        values = {"neg_elbo_nats": -out.elbo, "reconstruction_nats": -out.log_px, "kl_nats": out.kl}
+        return values | _of_modality(unwrap(model), inputs, out.latent_mean, detailed)
+
+    figures = evaluate(accelerator, measure, loader, models=[model])
+    q = moments.gathered()
+    figures["active_units"] = active_units(q.mean) if len(q.mean) > 1 else 0
+    if detailed:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            figures["mutual_information_nats"] = mutual_information(q)
+    return figures
+
+
+def _of_modality(model: VAE, inputs: Mapping[str, Tensor], mean: Tensor, detailed: bool) -> dict[str, Tensor]:
+    """What only text or only pictures have."""
+    target = model.target(**inputs)
+    if not target.is_floating_point():
+        return {"tokens": (target != -100).sum(1)}
+    if not detailed:
+        return {}
+    pixels, original = model.render(mean), target.float()
+    return {"psnr_db": psnr(pixels, original), "ssim": ssim(pixels, original)}
+
+
+def evaluate_vae(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    loader: Any,
+    *,
+    num_samples: int = 100,
+    seed: int = 0,
+    transform: Transform | None = None,
+) -> dict[str, float]:
+    r"""Everything: :func:`evaluate_elbo` in detail, and the importance-sampled log-likelihood with what follows from it.
+
+    Arguments:
+        accelerator, model, loader, seed, transform: as for :func:`evaluate_elbo`.
+        num_samples: importance samples per row; 0 leaves the likelihood out.
+
+    Returns:
+        Also ``nll_nats`` per row; for text ``perplexity`` :math:`e^{\mathrm{nll} / \mathrm{tokens}}` and ``perplexity_elbo``; for 8-bit
+        pictures with a discretized likelihood ``bits_per_dim``.
+    """
+    figures = evaluate_elbo(accelerator, model, loader, seed=seed, transform=transform, detailed=True)
+    inner = unwrap(model)
+
+    def measure(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        batch = transform(batch, fold(seed, _ELBO, batch["row"])) if transform else batch
+        key = fold(seed, _MARGINAL, batch["row"])
+        with accelerator.autocast():
+            return {"nll_nats": -inner.log_marginal(num_samples=num_samples, noise_key=key, **model_inputs(inner, batch))}
+
+    if num_samples:
+        figures |= evaluate(accelerator, measure, loader, models=[inner])
+        figures["importance_samples"] = num_samples
+    if "tokens" in figures:
+        figures["perplexity_elbo"] = perplexity(figures["neg_elbo_nats"], figures["tokens"])
+        if num_samples:
+            figures["perplexity"] = perplexity(figures["nll_nats"], figures["tokens"])
+    elif getattr(inner.config, "likelihood", None) == "discretized_logistic":
+        dims = math.prod(inner.config.height_width) * inner.config.num_channels
+        figures["bits_per_dim"] = bits_per_dim(figures.get("nll_nats", figures["neg_elbo_nats"]), dims)
+    return figures

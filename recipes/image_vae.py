@@ -1,0 +1,116 @@
+"""Train a convolutional VAE on any image data set.
+
+    accelerate launch recipes/image_vae.py                                             # built-in sprites, about a minute
+    accelerate launch recipes/image_vae.py --config recipes/configs/image_vae_mnist.yaml --dataset path/to/mnist
+    accelerate launch recipes/image_vae.py --config recipes/configs/image_vae_eurosat.yaml --dataset path/to/eurosat
+
+Start the same command again after a stop and it goes on where it was. Results so far: see the configs.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmvae import ImageVAE, ImageVAEConfig
+from mmvae.data import Augmentation, ImageColumn, Loader, Rows, find_column, splits
+from mmvae.evaluation import binarization
+from mmvae.experiment import RunArguments, finish, parse, start, train
+from mmvae.pictures import grid, reconstructions, traversals
+from mmvae.processing import ImageVAEImageProcessor
+
+
+@dataclass
+class ImageArguments:
+    """Options of the model and its pictures."""
+
+    image_column: str | None = field(default=None, metadata={"help": "column of the pictures; guessed when there is only one"})
+    image_size: int = 64
+    num_channels: int = 3
+    binarize: str = field(default="none", metadata={"help": "none, threshold, or dynamic: pixels drawn anew at every step"})
+    horizontal_flip: float = 0.0
+    vertical_flip: float = 0.0
+    shift: int = 0
+    min_scale: float = 1.0
+    rotation: float = 0.0
+    brightness: float = 0.0
+    input_noise: float = field(default=0.0, metadata={"help": "standard deviation of noise on the encoder's input: a denoising VAE"})
+    latent_dim: int = 64
+    hidden_channels: list[int] | None = None
+    num_blocks: int = 1
+    spatial_latent: bool = False
+    norm: str = "group"
+    dropout: float = 0.0
+    likelihood: str = "gaussian"
+    scale_mode: str = "optimal"
+    scale: float = 0.1
+    prior: str = "standard_normal"
+    prior_components: int = 50
+
+
+@dataclass
+class ImageRun(RunArguments):
+    """Defaults that train on the built-in sprites in about a minute."""
+
+    dataset: str = "sprites:3"
+    output_dir: str = "outputs/image_vae"
+    batch_size: int = 64
+    max_steps: int | None = 400
+    kl_options: str = '{"steps": 200}'
+
+
+AUGMENTATION = ("horizontal_flip", "vertical_flip", "shift", "min_scale", "rotation", "brightness")
+
+
+def walks(model: ImageVAE, start: Tensor, units: int = 8, steps: int = 9) -> tuple[Tensor, list[str]]:
+    """Pictures (units, steps, C, H, W) along the latent's most active dimensions, -3 to 3, and their names."""
+    spread = start.flatten(1).var(0)
+    chosen = spread.argsort(descending=True)[:units]
+    z = start[:1].expand(len(chosen) * steps, *start.shape[1:]).clone()
+    values = torch.linspace(-3, 3, steps, device=z.device).repeat(len(chosen))
+    z.flatten(1)[torch.arange(len(z)), chosen.repeat_interleave(steps)] = values
+    return model.render(z).unflatten(0, (-1, steps)), [f"z{unit}" for unit in chosen.tolist()]
+
+
+def main() -> None:
+    """Load, train, evaluate, write the model folder."""
+    args, image = parse(ImageRun, ImageArguments)
+    accelerator = start(args)
+    data = splits(args.dataset, streaming=args.streaming)
+    name = find_column(data["train"], "image", image.image_column)
+    augmentation = Augmentation(**{key: getattr(image, key) for key in AUGMENTATION})
+    place = {"seed": args.seed, "rank": accelerator.process_index, "world_size": accelerator.num_processes, "num_workers": args.num_workers}
+    loaders = {}
+    for split, part in data.items():
+        training = split == "train"
+        column = ImageColumn(name, image.image_size, image.num_channels, augmentation=augmentation if training else Augmentation())
+        loaders[split] = Loader(Rows(part, column, name=args.dataset), args.batch_size, shuffle=training, **place)
+
+    options = {key: value for key, value in vars(image).items() if key not in (*AUGMENTATION, "image_column")}
+    torch.manual_seed(args.seed)
+    model = ImageVAE(ImageVAEConfig(**options)).to(memory_format=torch.channels_last)
+    processor = ImageVAEImageProcessor(size={"height": image.image_size, "width": image.image_size}, num_channels=image.num_channels)
+    transform = binarization(image.binarize)
+
+    def show(model: ImageVAE, step: int) -> None:
+        grid(model.sample(36, torch.Generator().manual_seed(args.seed)), Path(args.output_dir) / "samples" / f"step-{step:08d}.png", 6)
+
+    def draw(model: ImageVAE, figures: Path) -> dict[str, str]:
+        batch = next(iter(loaders["validation"].batches(0)))
+        batch = transform(batch, batch["row"]) if transform else batch
+        pixels = batch["pixel_values"][:64].to(model.device)
+        latents = model.encode(pixels).mean
+        reconstructions(pixels[:16], model.render(latents[:16]), figures / "reconstructions.png")
+        grid(model.sample(64, torch.Generator().manual_seed(args.seed)), figures / "samples.png", 8)
+        walk = model.interpolate(latents[:6], latents[6:12], 9)
+        grid(walk.unflatten(0, (-1, 9)), figures / "interpolation.png")
+        traversals(*walks(model, latents), figures / "traversals.png")
+        return {}
+
+    result = train(accelerator, args, model, loaders, transform=transform, show=show)
+    finish(accelerator, args, model, processor, result, loaders, transform=transform, draw=draw)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Train a sentence VAE on any text data set.
+
+    accelerate launch recipes/text_vae.py                                              # built-in captions, about a minute
+    accelerate launch recipes/text_vae.py --config recipes/configs/text_vae_ptb.yaml --dataset path/to/ptb
+
+Start the same command again after a stop and it goes on where it was. Results so far: see the configs.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mmvae import TextVAE, TextVAEConfig
+from mmvae.data import Loader, Rows, TextColumn, find_column, splits
+from mmvae.experiment import RunArguments, finish, parse, start, train
+from mmvae.pictures import table
+from mmvae.processing import decode_text, load_tokenizer, train_tokenizer
+
+
+@dataclass
+class TextArguments:
+    """Options of the model and its text."""
+
+    text_column: str | None = field(default=None, metadata={"help": "column of the text; guessed when there is only one"})
+    tokenizer: str = field(default="whitespace", metadata={"help": "whitespace, bpe, or the id or path of a pretrained one"})
+    vocab_size: int = field(default=10_000, metadata={"help": "most tokens of a trained tokenizer, special ones included"})
+    latent_dim: int = 32
+    embedding_size: int = 256
+    hidden_size: int = 256
+    encoder_layers: int = 1
+    decoder_layers: int = 1
+    bidirectional: bool = False
+    embedding_dropout: float = 0.0
+    encoder_dropout: float = 0.0
+    dropout: float = 0.0
+    word_dropout: float = 0.0
+    tie_word_embeddings: bool = True
+    share_embeddings: bool = False
+    prior: str = "standard_normal"
+    prior_components: int = 50
+
+
+@dataclass
+class TextRun(RunArguments):
+    """Defaults that train on the built-in captions in about a minute."""
+
+    output_dir: str = "outputs/text_vae"
+    max_steps: int | None = 400
+    learning_rate: float = 3e-3
+    max_grad_norm: float | None = 5.0
+    kl_options: str = '{"steps": 300}'
+
+
+def main() -> None:
+    """Load, train, evaluate, write the model folder."""
+    args, text = parse(TextRun, TextArguments)
+    accelerator = start(args)
+    data = splits(args.dataset, streaming=args.streaming)
+    column = find_column(data["train"], "text", text.text_column)
+    if text.tokenizer in ("whitespace", "bpe"):
+        words = (row[column] for row in data["train"].select_columns([column]))
+        tokenizer = train_tokenizer(words, text.tokenizer, text.vocab_size)
+    else:
+        tokenizer = load_tokenizer(text.tokenizer)
+    columns = TextColumn(column, tokenizer, args.max_length, args.truncate)
+    place = {"seed": args.seed, "rank": accelerator.process_index, "world_size": accelerator.num_processes, "num_workers": args.num_workers}
+    rows = {split: Rows(part, columns, name=args.dataset) for split, part in data.items()}
+    loaders = {split: Loader(part, args.batch_size, shuffle=split == "train", **place) for split, part in rows.items()}
+
+    options = {name: value for name, value in vars(text).items() if name not in ("text_column", "tokenizer")}
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else tokenizer.pad_token_id
+    torch.manual_seed(args.seed)
+    model = TextVAE(TextVAEConfig(**options | {"vocab_size": len(tokenizer), "unk_token_id": unknown} | ids))
+
+    def show(model: TextVAE, step: int) -> None:
+        sentences = decode_text(tokenizer, model.sample(4, torch.Generator().manual_seed(args.seed), max_new_tokens=30))
+        print(f"step {step}, samples:", *sentences, sep="\n  ")
+
+    def draw(model: TextVAE, figures: Path) -> dict[str, str]:
+        batch = next(iter(loaders["validation"].batches(0)))
+        ids, mask = batch["input_ids"][:8].to(model.device), batch["attention_mask"][:8].to(model.device)
+        latents = model.encode(ids, mask).mean
+        options = {"max_new_tokens": ids.shape[1] + 10}
+        seen, again = decode_text(tokenizer, ids), decode_text(tokenizer, model.generate(latents=latents, num_beams=4, **options))
+        generator = torch.Generator().manual_seed(args.seed)
+        greedy = decode_text(tokenizer, model.sample(8, generator, num_beams=4, max_new_tokens=40))
+        drawn = decode_text(tokenizer, model.sample(8, generator, do_sample=True, max_new_tokens=40))
+        walk = decode_text(tokenizer, model.interpolate(latents[:1], latents[-1:], 7, num_beams=4, **options))
+        tables = {
+            "Reconstructions": table({"original": seen, "reconstruction (beam 4)": again}),
+            "Samples": table({"from the prior, beam 4": greedy, "from the prior, sampled words": drawn}),
+            "Interpolation": table({"between two sentences": walk}),
+        }
+        figures.joinpath("sentences.md").write_text("\n".join(f"## {k}\n\n{v}" for k, v in tables.items()), encoding="utf-8")
+        return tables
+
+    result = train(accelerator, args, model, loaders, show=show)
+    finish(accelerator, args, model, tokenizer, result, loaders, draw=draw)
+
+
+if __name__ == "__main__":
+    main()
