@@ -56,7 +56,8 @@ class ImageRun(RunArguments):
     dataset: str = "sprites:3"
     output_dir: str = "outputs/image_vae"
     batch_size: int = 64
-    max_steps: int | None = 400
+    num_epochs: int | None = 3
+    max_grad_norm: float | None = None
     kl_options: str = '{"steps": 200}'
 
 

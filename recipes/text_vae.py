@@ -46,7 +46,7 @@ class TextRun(RunArguments):
     """Defaults that train on the built-in captions in about a minute."""
 
     output_dir: str = "outputs/text_vae"
-    max_steps: int | None = 400
+    num_epochs: int | None = 5
     learning_rate: float = 3e-3
     max_grad_norm: float | None = 5.0
     kl_options: str = '{"steps": 300}'
