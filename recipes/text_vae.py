@@ -49,7 +49,8 @@ class TextRun(RunArguments):
     num_epochs: int | None = 5
     learning_rate: float = 3e-3
     max_grad_norm: float | None = 5.0
-    kl_options: str = '{"steps": 300}'
+    kl_options: str = '{"steps": 150, "start": 0.01, "delay": 150}'
+    objective_options: str = '{"free_bits": 0.25}'
 
 
 def main() -> None:
