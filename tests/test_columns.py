@@ -179,14 +179,6 @@ def test_flips_shift_and_turn_are_what_they_are_called():
     assert torch.equal(Augmentation(min_scale=0.3, rotation=90)(flat, keys[:4]), flat), "edges are repeated, not filled"
 
 
-def test_rotation_by_a_known_angle():
-    from mmvae.data.augmentation import _affine
-
-    square = photos(1)[..., :9]
-    turned = _affine(square, torch.ones(1), torch.tensor([math.pi / 2]), torch.zeros(1, 2))
-    assert (turned.int() - square.rot90(1, (-2, -1)).int()).abs().max() <= 1
-
-
 @pytest.mark.parametrize("argument", [{"horizontal_flip": 1.1}, {"min_scale": 0}, {"rotation": math.nan}, {"brightness": -1}])
 def test_augmentation_checks_its_arguments(argument):
     with pytest.raises(ValueError, match=next(iter(argument))):
