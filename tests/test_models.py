@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from linear_gaussian import linear_gaussian
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 import mmvae
@@ -135,8 +135,8 @@ def test_noise_keys_make_a_training_loss_repeatable(made):
 def test_log_marginal_is_above_the_bound(made):
     model, inputs = made
     keys = fold(0, torch.arange(5))
-    elbo = torch.stack([model(**inputs, noise_key=keys + i, sample_posterior=True).elbo for i in range(30)]).mean(0)
-    assert (model.log_marginal(**inputs, num_samples=200, noise_key=keys) > elbo - 1).all()
+    elbo = torch.stack([model(**inputs, noise_key=keys + i, sample_posterior=True).elbo for i in range(8)]).mean(0)
+    assert (model.log_marginal(**inputs, num_samples=32, noise_key=keys) > elbo - 1).all()
 
 
 @pytest.mark.parametrize("prior", PRIORS)
@@ -166,7 +166,7 @@ def test_save_and_load(made, tmp_path):
         model.save_pretrained(tmp_path / folder, **options)
         again, info = type(model).from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        assert again.config.to_dict() == model.config.to_dict()
+        assert again.config.to_json_string() == model.config.to_json_string()
         assert not again.training
         received = again(**inputs)
         assert all(torch.equal(received[name], expected[name]) for name in expected)
@@ -195,8 +195,6 @@ def test_whatever_a_checkpoint_lacks_is_initialised_as_in_a_new_model(name, prio
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     kept = next(iter(state))
-    from safetensors.torch import save_file
-
     save_file({kept: state[kept]}, tmp_path / "model.safetensors", {"format": "pt"})
     again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert len(info["missing_keys"]) >= len(state) - 1

@@ -82,10 +82,10 @@ def test_dreg_has_the_value_of_iwae_and_its_decoder_gradient():
 
 
 def test_dreg_has_the_encoder_gradient_of_iwae_in_expectation_with_less_variance():
-    (_, grads), (_, reference) = (gradients(objective, False, 8, 20_000) for objective in (dreg, iwae))
+    (_, grads), (_, reference) = (gradients(objective, False, 4, 20_000) for objective in (dreg, iwae))
     for name in ("shift", "widen"):
         torch.testing.assert_close(grads[name], reference[name], atol=0.01, rtol=0.05)
-    spread = [torch.stack([g(objective) for _ in range(100)]).var(0).sum() for objective, g in ((dreg, one_row), (iwae, one_row))]
+    spread = [torch.stack([g(objective) for _ in range(60)]).var(0).sum() for objective, g in ((dreg, one_row), (iwae, one_row))]
     assert spread[0] < spread[1]
 
 

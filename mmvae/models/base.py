@@ -39,6 +39,7 @@ _FOREIGN = {
     "per_layer_config",
     "tie_word_embeddings",
     "torch_dtype",
+    "use_cache",
 }
 
 

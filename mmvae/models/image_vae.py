@@ -41,7 +41,8 @@ class ImageVAEConfig(VAEConfig):
         norm: "group", "batch" or "none".
         dropout: inside residual blocks, [0, 1).
         likelihood: a key of ``mmvae.likelihoods.LIKELIHOODS``.
-        scale_mode: of a gaussian or laplace likelihood: "fixed", "learned" or "optimal".
+        scale_mode: of a gaussian or laplace likelihood: "fixed", "learned" or "optimal"; the last follows every micro-batch of every
+            rank, so that it alone makes a loss depend on gradient accumulation and on the rows of a batch.
         scale: its (first) value in units of the pixel range.
         input_noise: standard deviation of noise on the encoder's input in training (a denoising VAE), in units of the pixel range.
         binarize: how the data's pixels were made 0 or 1: "none", "threshold" or "dynamic". The recipes do it, before the model; the field
@@ -59,7 +60,7 @@ class ImageVAEConfig(VAEConfig):
     norm: str = "group"
     dropout: float | int = 0.0
     likelihood: str = "gaussian"
-    scale_mode: str = "optimal"
+    scale_mode: str = "learned"
     scale: float | int = 0.1
     input_noise: float | int = 0.0
     binarize: str = "none"

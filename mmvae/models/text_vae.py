@@ -146,7 +146,6 @@ class TextVAE(VAEModel, GenerationMixin):
         self.lm_head = nn.Linear(config.embedding_size if config.tie_word_embeddings else config.hidden_size, config.vocab_size)
         self.latent_prior = self.build_prior()
         self.post_init()
-        self.generation_config.max_new_tokens = 64
 
     def get_input_embeddings(self) -> nn.Module:
         """The decoder's embedding."""
@@ -300,7 +299,7 @@ class TextVAE(VAEModel, GenerationMixin):
         Arguments:
             input_ids: (B, T) sentences to reconstruct from their posterior means; not a prefix.
             latents: (B, D), instead.
-            options: of ``GenerationMixin.generate``: ``max_new_tokens``, ``num_beams``, ``do_sample``, ``temperature``, ...
+            options: of ``GenerationMixin.generate``: ``max_new_tokens`` (64), ``num_beams``, ``do_sample``, ``temperature``, ...
 
         Returns:
             (B * num_return_sequences, T) int64, padded at the right with ``pad_token_id``.
@@ -313,6 +312,9 @@ class TextVAE(VAEModel, GenerationMixin):
         if latents is None:
             latents = self.encode(input_ids=input_ids, attention_mask=options.pop("attention_mask", None)).mean
         self._check_latents(latents)
+        lengths, defaults = ("max_new_tokens", "max_length"), options.get("generation_config") or self.generation_config
+        if all(options.get(name) is None and getattr(defaults, name) is None for name in lengths):
+            options["max_new_tokens"] = 64  # as an option: in generation_config it would silently win over a caller's max_length
         return super().generate(latents=latents, **options)
 
     def render(self, z: Tensor, **options: Any) -> Tensor:

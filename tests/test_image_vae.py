@@ -1,0 +1,199 @@
+"""ImageVAE: any size and number of channels, normalised scores, and tiles that are exact where they can be."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmvae.likelihoods import LIKELIHOODS
+from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
+from mmvae.noise import fold
+
+
+def make(**options) -> ImageVAE:
+    """A small model whose residual branches do something."""
+    model = ImageVAE(ImageVAEConfig(**{"num_channels": 1, "hidden_channels": [4, 8], "latent_dim": 3, "image_size": 16} | options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "conv2" in name:
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def pictures(rows: int, *shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, (rows, *shape), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 30), (4, [33, 47]), (1, 4), (3, 5)])
+@pytest.mark.parametrize("spatial", [False, True])
+def test_any_size(channels, size, spatial):
+    model = make(num_channels=channels, image_size=size, spatial_latent=spatial)
+    height, width = model.config.height_width
+    x = pictures(2, channels, height, width)
+    h, w = -(-height // 4), -(-width // 4)
+    assert model.latent_shape == ((3, h, w) if spatial else (3,))
+    out = model.train()(pixel_values=x)
+    out.loss.backward()
+    assert out.latents.shape == (2, *model.latent_shape)
+    for picture in (model.reconstruct(pixel_values=x), model.sample(2)):
+        assert picture.shape == (2, channels, height, width)
+        assert picture.dtype == torch.float32
+        assert picture.min() >= 0
+        assert picture.max() <= 1
+
+
+@pytest.mark.parametrize("size", [28, 32, 64])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_default_has_at_most_a_million_parameters(size, channels):
+    model = ImageVAE(ImageVAEConfig(image_size=size, num_channels=channels))
+    assert sum(p.numel() for p in model.parameters()) <= 1_000_000
+    assert max(model.config.bottom_size) <= 7 or size == 64
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "scale_mode"),
+    [*((name, "learned") for name in LIKELIHOODS), ("gaussian", "fixed"), ("gaussian", "optimal"), ("laplace", "optimal")],
+)
+def test_every_likelihood_trains(likelihood, scale_mode):
+    model = make(likelihood=likelihood, scale_mode=scale_mode).train()
+    x = pictures(8, 1, 16, 16) // 255
+    x = x * 255 if likelihood == "bernoulli" else x * 200
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=0.01), []
+    for step in range(12):
+        loss = model(pixel_values=x, noise_key=fold(step, torch.arange(8))).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_bytes_and_floats_are_the_same_picture():
+    model, x = make(), pictures(2, 1, 16, 16)
+    torch.testing.assert_close(model(pixel_values=x).loss, model(pixel_values=x.float() / 255).loss)
+    assert torch.equal(model.target(pixel_values=x), x.float() / 255)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(1, 16, 16),
+        torch.zeros(2, 3, 16, 16),
+        torch.zeros(2, 1, 16, 12),
+        torch.zeros(2, 1, 16, 16, dtype=torch.int64),
+        torch.zeros(2, 1, 16, 16, dtype=torch.bool),
+    ],
+    ids=lambda x: f"{tuple(x.shape)} {x.dtype}",
+)
+def test_wrong_pictures_are_named(x):
+    model = make()
+    for call in (model, model.encode, model.reconstruct):
+        with pytest.raises(ValueError, match=r"pixel_values: received (shape \(|torch\.(int64|bool)).*, expected"):
+            call(pixel_values=x)
+
+
+def test_a_spatial_model_is_bounded_at_its_own_size_and_encodes_others():
+    model = make(spatial_latent=True)
+    x = pictures(1, 1, 24, 32)
+    q = model.encode(pixel_values=x)
+    assert q.mean.shape == (1, 3, 6, 8)
+    assert model.render(q.mean).shape == (1, 1, 24, 32)
+    for call in (model, model.log_marginal):
+        with pytest.raises(ValueError, match=r"pixel_values: received shape \(1, 1, 24, 32\), expected \(batch, 1, 16, 16\)"):
+            call(pixel_values=x)
+    with pytest.raises(ValueError, match=r"received shape \(1, 1, 23, 32\), expected .*sides that 4 divides"):
+        model.encode(pixel_values=x[:, :, 1:])
+
+
+def test_padding_repeats_the_border_and_is_cut_off_again():
+    model = make(image_size=[30, 29], norm="none")
+    x = pictures(1, 1, 30, 29)
+    wide = make(image_size=32, norm="none")
+    wide.load_state_dict(model.state_dict())
+    padded = F.pad(x.float() / 255, (0, 3, 0, 2), mode="replicate")
+    torch.testing.assert_close(model.encode(pixel_values=x).mean, wide.encode(pixel_values=padded).mean)
+    z = torch.randn(1, 3)
+    torch.testing.assert_close(model.render(z), wide.render(z)[..., :30, :29])
+
+
+def test_batch_norm_couples_rows_in_training_only():
+    model, x = make(norm="batch"), pictures(6, 1, 16, 16)
+    whole, part = (model(pixel_values=v).loss_rows for v in (x, x[:2]))
+    torch.testing.assert_close(whole[:2], part, rtol=1e-4, atol=1e-3)
+    model.train()
+    whole, part = (model(pixel_values=v, sample_posterior=False).loss_rows for v in (x, x[:2]))
+    assert not torch.allclose(whole[:2], part, rtol=1e-4, atol=1e-3)  # the documented exception
+
+
+def test_dropout_acts_in_training_only():
+    model, x = make(dropout=0.5), pictures(4, 1, 16, 16)
+    assert torch.equal(model(pixel_values=x).loss, model(pixel_values=x).loss)
+    model.train()
+    first, second = (model(pixel_values=x, sample_posterior=False).loss for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("tile_size", [2, 7, 64])
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_tiles_are_exact_without_global_normalisation(norm, tile_size):
+    model = make(spatial_latent=True, norm=norm, num_channels=3)
+    if norm == "batch":
+        with torch.no_grad():
+            model.train()(pixel_values=pictures(8, 3, 16, 16))
+        model.eval()
+    x = pictures(1, 3, 76, 64)
+    with torch.no_grad():
+        q, tiled = model.encode(pixel_values=x), model.encode_tiled(x, tile_size)
+    torch.testing.assert_close(tiled.loc, q.loc, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tiled.logvar, q.logvar, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.render_tiled(q.mean, tile_size), model.render(q.mean), atol=1e-5, rtol=1e-5)
+
+
+def test_tiles_under_group_norm_deviate_a_little(record_property):
+    model = make(spatial_latent=True, norm="group", num_channels=3)
+    smooth = F.interpolate(torch.rand(1, 3, 13, 11), size=(104, 88), mode="bilinear")
+    with torch.no_grad():
+        q, tiled = model.encode(pixel_values=smooth), model.encode_tiled(smooth, 7)
+        deviation = ((tiled.loc - q.loc).square().mean().sqrt() / q.loc.std()).item()
+        pixels = (model.render_tiled(q.mean, 7) - model.render(q.mean)).abs().mean().item()
+    record_property("relative deviation of tiled latents under GroupNorm", deviation)
+    record_property("mean deviation of tiled pixels under GroupNorm", pixels)
+    assert 1e-4 < deviation < 0.5
+    assert 0 < pixels < 0.1
+    torch.testing.assert_close(model.encode_tiled(smooth, 64).loc, q.loc)  # one tile is the whole
+
+
+def test_a_small_tile_is_not_cut_to_the_configured_size():
+    model = make(spatial_latent=True, norm="none", image_size=30)  # 30 pixels are 8 latent pixels of 4
+    z = torch.randn(1, 3, 20, 20)
+    torch.testing.assert_close(model.render_tiled(z, 8), model.render(z), atol=1e-5, rtol=1e-5)
+
+
+def test_tiles_name_what_is_wrong():
+    with pytest.raises(ValueError, match="tiles: received a model with spatial_latent=False"):
+        make().encode_tiled(pictures(1, 1, 16, 16))
+    model = make(spatial_latent=True, image_size=30)
+    for size in (30, 29):
+        with pytest.raises(ValueError, match=rf"pixel_values: received shape \(1, 1, {size}, {size}\), expected.*sides that 4 divides"):
+            model.encode_tiled(pictures(1, 1, size, size))
+    with pytest.raises(ValueError, match="tile_size: received 0, expected at least 1"):
+        model.encode_tiled(pictures(1, 1, 32, 32), tile_size=0)
+
+
+def test_channels_last_changes_no_result():
+    model, x = make(num_channels=3), pictures(2, 3, 16, 16)
+    expected = model(pixel_values=x).loss_rows
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        model(pixel_values=x.contiguous(memory_format=torch.channels_last)).loss_rows, expected, rtol=1e-4, atol=1e-3
+    )
+
+
+def test_autocast_keeps_the_loss():
+    model, x = make(likelihood="continuous_bernoulli"), pictures(2, 1, 16, 16)
+    expected = model(pixel_values=x).loss_rows
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.train()(pixel_values=x, sample_posterior=False)
+    assert out.loss_rows.dtype == torch.float32
+    torch.testing.assert_close(out.loss_rows, expected, rtol=0.05, atol=1.0)
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
