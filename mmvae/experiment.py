@@ -3,9 +3,11 @@
 ``parse`` -> ``start`` -> the recipe builds data and model -> ``train`` -> ``finish``
 """
 
+import contextlib
 import difflib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -17,7 +19,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import HfArgumentParser, PreTrainedModel, get_scheduler
+from transformers import HfArgumentParser, PreTrainedModel, SchedulerType, get_scheduler
 
 from mmvae.evaluation import Transform, evaluate_elbo, evaluate_vae, model_inputs
 from mmvae.hub import check_repo_id, push, write_card, write_metrics
@@ -25,10 +27,13 @@ from mmvae.noise import fold
 from mmvae.objectives import OBJECTIVES
 from mmvae.optimization import EMA, unwrap, update
 from mmvae.pictures import curves
+from mmvae.record import public
 from mmvae.schedules import SCHEDULES
 from mmvae.training import Result, fit, load_weights
 
 logger = logging.getLogger(__name__)
+
+LR_SCHEDULES = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}  # these step on a metric, not on a step
 
 
 @dataclass
@@ -78,7 +83,7 @@ class RunArguments:
         for name in ("lr_options", "kl_options", "objective_options"):
             value = getattr(self, name)
             setattr(self, name, json.loads(value) if isinstance(value, str) else dict(value))
-        for name, table in (("kl_schedule", SCHEDULES), ("objective", OBJECTIVES)):
+        for name, table in (("kl_schedule", SCHEDULES), ("objective", OBJECTIVES), ("lr_schedule", LR_SCHEDULES)):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name}: received {getattr(self, name)!r}, expected one of {sorted(table)}")
         if self.num_epochs is None and self.max_steps is None:
@@ -96,6 +101,9 @@ _FREE = {
 }  # fmt: skip
 
 
+_PLACES = ("dataset", "output_dir")  # may be paths of this machine; the data set's name is told by itself
+
+
 def parse(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Options from ``--config file.yaml`` and the command line, which wins.
 
@@ -107,26 +115,39 @@ def parse(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         One instance of each type.
 
     Raises:
-        ValueError: an option in the file that no type has, naming the nearest one.
+        ValueError: an option that no type has, naming the nearest one.
     """
     argv, parser = list(sys.argv[1:] if argv is None else argv), HfArgumentParser(types)
     parser.add_argument("--config", help="YAML file of options; the command line wins")
+    known = [f.name for kind in types for f in fields(kind)]
     path = parser.parse_known_args(argv)[0].config
     if path is not None:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        known = [f.name for kind in types for f in fields(kind)]
+        if not isinstance(options, dict):
+            raise ValueError(f"{path}: received {type(options).__name__}, expected a mapping of options to values")
         for name in options:
             if name not in known:
-                nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
-                raise ValueError(f"{path}: unknown option {name!r}; the nearest one is {nearest!r}")
+                raise ValueError(f"{path}: unknown option {name!r}; the nearest one is {_nearest(name, known)!r}")
         parser.set_defaults(**options)
-    return parser.parse_args_into_dataclasses(argv)[: len(types)]
+    *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if rest:
+        name = rest[0].partition("=")[0]
+        raise ValueError(f"unknown option {name!r}; the nearest one is {'--' + _nearest(name.lstrip('-'), known)!r}")
+    return tuple(parsed[: len(types)])
+
+
+def _nearest(name: object, known: Sequence[str]) -> str:
+    return difflib.get_close_matches(str(name), known, 1, 0.0)[0]
 
 
 def precision(wanted: str) -> str:
-    """The mixed precision to use: ``wanted``, or for "auto" bf16 where the hardware has it (emulated, it runs at 1 % of the speed)."""
-    if wanted != "auto":
-        return wanted
+    """The mixed precision to use: ``wanted``; for "auto" what ``accelerate launch`` asks for, else bf16 where the hardware has it.
+
+    (Where it is emulated, it runs at 1 % of the speed.)
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted != "auto" or launched != "no":
+        return launched if wanted == "auto" else wanted
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "no"
@@ -135,11 +156,27 @@ def precision(wanted: str) -> str:
 def start(args: RunArguments) -> Accelerator:
     """The accelerator of a run, with its tracker."""
     accelerator = Accelerator(mixed_precision=precision(args.mixed_precision), log_with=args.tracker, project_dir=args.output_dir)
-    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    logging.basicConfig(format="%(message)s")  # others at WARNING: at INFO the Hub's client logs addresses, signatures included
+    logging.getLogger("mmvae").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if args.tracker:
-        flat = {name: value for name, value in asdict(args).items() if isinstance(value, int | float | str) and "token" not in name}
-        accelerator.init_trackers("mmvae", config=flat)
+        flat = {name: value for name, value in asdict(args).items() if isinstance(value, int | float | str) and name not in _PLACES}
+        accelerator.init_trackers("mmvae", config=public(flat))
     return accelerator
+
+
+def track(accelerator: Accelerator, shown: Mapping[str, Tensor | str], step: int) -> None:
+    """Hand what a person looks at to the trackers of a run.
+
+    Arguments:
+        accelerator: of :func:`start`.
+        shown: by name, pictures (N, C, H, W) float in [0, 1], or Markdown.
+        step: optimizer steps done.
+    """
+    accelerator.log({name: value for name, value in shown.items() if isinstance(value, str)}, step=step)
+    pixels = {name: (255 * value).round().byte().movedim(1, -1).cpu().numpy() for name, value in shown.items() if isinstance(value, Tensor)}
+    for tracker in accelerator.trackers:
+        if pixels and tracker.name in ("tensorboard", "wandb"):
+            tracker.log_images(pixels, step=step, **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}))
 
 
 def vae_step(
@@ -175,6 +212,18 @@ def vae_step(
     return step
 
 
+def keep_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Lay an optimizer's loaded moments out in memory as their parameters are.
+
+    Fused AdamW walks memory without looking at strides: next to channels-last weights, contiguous moments (which is what a file holds)
+    would be taken for those of other weights, without an error.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def train(
     accelerator: Accelerator,
     args: RunArguments,
@@ -182,7 +231,7 @@ def train(
     loaders: Mapping[str, Any],
     *,
     transform: Transform | None = None,
-    show: Callable[[PreTrainedModel, int], None] | None = None,
+    show: Callable[[PreTrainedModel, int], Mapping[str, Tensor | str]] | None = None,
 ) -> Result:
     """Train a VAE with fused AdamW; afterwards ``model`` holds the weights of the best validation -ELBO at weight 1.
 
@@ -192,47 +241,42 @@ def train(
         model: not yet prepared.
         loaders: "train" and "validation".
         transform: (batch, keys (B,)) -> batch, on the device, in training and validation.
-        show: called on the main process after every validation with the model and the step: writes samples.
+        show: called on the main process after every validation with the model, averaged weights included, and the step; what it
+            returns goes to the trackers, see :func:`track`.
     """
     if args.compile:
         for trunk in (model.encoder, model.decoder):
             trunk.compile()  # in place: the keys of the state stay as they are
+    if args.max_steps is None and loaders["train"].num_rows is None:
+        raise ValueError("max_steps: received None with streaming, expected a number: how many steps an epoch of a stream has is not known")
     steps = args.max_steps or args.num_epochs * len(loaders["train"])
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, args.adam_beta2), fused=True)
+    optimizer.register_load_state_dict_post_hook(keep_layout)
     options = {"num_warmup_steps": args.warmup_steps, "num_training_steps": steps, "scheduler_specific_kwargs": args.lr_options}
     prepared, optimizer = accelerator.prepare(model, optimizer)
     scheduler = get_scheduler(args.lr_schedule, getattr(optimizer, "optimizer", optimizer), **options)
     ema = EMA(prepared, args.ema_decay) if args.ema_decay else None
     state = {"model": prepared, "optimizer": optimizer, "scheduler": scheduler} | ({"ema": ema} if ema else {})
-    reached = {"step": 0}
 
     def validate() -> dict[str, float]:
-        if ema is None:
+        with ema.applied() if ema else contextlib.nullcontext():
             figures = evaluate_elbo(accelerator, prepared, loaders["validation"], seed=args.seed, transform=transform)
-        else:
-            with ema.applied():
-                figures = evaluate_elbo(accelerator, prepared, loaders["validation"], seed=args.seed, transform=transform)
+            if show is not None and accelerator.is_main_process:
+                step = scheduler.last_epoch  # one per optimizer step, and right after a resume too
+                unwrap(prepared).eval()
+                track(accelerator, show(unwrap(prepared), step), step)
+                unwrap(prepared).train()
         if figures["active_units"] == 0 and accelerator.is_main_process:
             logger.warning(
                 "posterior collapse: no latent unit is active (KL %.3f nats); try free bits, a slower kl_schedule or more word dropout",
                 figures["kl_nats"],
             )
-        if show is not None and accelerator.is_main_process:
-            unwrap(prepared).eval()
-            show(unwrap(prepared), reached["step"])
-            unwrap(prepared).train()
         return figures
 
-    stepping = {"optimizer": optimizer, "scheduler": scheduler, "ema": ema}
-    inner = vae_step(accelerator, prepared, args, transform, **stepping)
-
-    def step(batch: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
-        reached["step"] = n + 1
-        return inner(batch, n)
-
+    step = vae_step(accelerator, prepared, args, transform, optimizer=optimizer, scheduler=scheduler, ema=ema)
     model.train()
     result = fit(
         accelerator, step, loaders["train"], state=state, folder=Path(args.output_dir) / "checkpoints", max_steps=steps,
@@ -243,6 +287,14 @@ def train(
     load_weights(prepared, result.checkpoint)
     unwrap(prepared).eval()
     return result
+
+
+def _without_place(word: str) -> str:
+    """A word of a command line; of an absolute path outside the working and the home directory, only the last part."""
+    name, equals, value = word.rpartition("=")
+    path = Path(value)
+    near = any(path.is_relative_to(folder) for folder in (Path.cwd(), Path.home()))
+    return word if not path.is_absolute() or near else name + equals + path.name
 
 
 def finish(
@@ -277,9 +329,10 @@ def finish(
         processor.save_pretrained(folder)
         curves([{k: v for k, v in line.items() if k != "epoch"} for line in result.history], folder / "figures" / "curves.png")
         sentences = draw(model, folder / "figures") if draw else {}
-        public = {name: value for name, value in asdict(args).items() if not name.startswith("hub_") and name != "output_dir"}
-        options = {"best_step": result.best_step, "parameters": model.num_parameters()} | public
-        write_metrics(folder, figures, seconds=result.seconds, dataset=args.dataset, split=split, hyperparameters=options)
+        told = {name: value for name, value in asdict(args).items() if not name.startswith("hub_") and name not in _PLACES}
+        options = {"best_step": result.best_step, "parameters": model.num_parameters()} | told
+        record = {"seconds": result.seconds, "dataset": args.dataset, "split": split, "hyperparameters": options}
+        write_metrics(folder, figures, **record, argv=[_without_place(word) for word in sys.argv])
         write_card(folder, repo_id=args.hub_model_id, sentences=sentences)
         if args.push_to_hub:
             print("pushed to", push(folder, args.hub_model_id, private=args.hub_private, token=args.hub_token))

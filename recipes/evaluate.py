@@ -15,10 +15,11 @@ from accelerate import Accelerator
 from transformers import AutoModel, AutoProcessor
 
 import mmvae  # noqa: F401  registers the classes
-from mmvae.data import ImageColumn, Loader, Rows, TextColumn, find_column, load_rows
+from mmvae.data import ImageColumn, Loader, Rows, TextColumn, find_column, load_rows, splits
 from mmvae.evaluation import binarization, evaluate_vae
 from mmvae.experiment import parse, precision
 from mmvae.pictures import table
+from mmvae.record import public
 
 
 @dataclass
@@ -45,7 +46,8 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision=precision(args.mixed_precision))
     model = AutoModel.from_pretrained(args.model, dtype="float32").to(accelerator.device)
     processor = AutoProcessor.from_pretrained(args.model)
-    rows = load_rows(args.dataset, args.split)
+    # a set without a validation split gives one up from its training rows, and the recipes evaluate that one
+    rows = splits(args.dataset)["validation"] if args.split == "validation" else load_rows(args.dataset, args.split)
     rows = rows if args.max_rows is None else rows.select(range(min(args.max_rows, len(rows))))
     kind = model.input_modalities[0]
     name, transform = find_column(rows, kind, args.column), None
@@ -59,13 +61,17 @@ def main() -> None:
     began = time.perf_counter()
     options = {"num_samples": args.importance_samples, "seed": args.seed, "transform": transform}
     figures = evaluate_vae(accelerator, accelerator.prepare(model), loader, **options)
-    record = {"model": args.model, "dataset": args.dataset, "split": args.split, "rows": loader.num_rows, "seed": args.seed}
+    names = {
+        name: Path(value).resolve().name if Path(value).exists() else value
+        for name, value in (("model", args.model), ("dataset", args.dataset))
+    }
+    record = names | {"split": args.split, "rows": loader.num_rows, "seed": args.seed}
     record |= {"seconds": round(time.perf_counter() - began, 1), "metrics": figures}
     if accelerator.is_main_process:
         print(table({"figure": list(figures), "value": list(figures.values())}))
         default = Path(args.model) / f"evaluation-{args.split}.json" if Path(args.model).is_dir() else Path("evaluation.json")
         output = Path(args.output) if args.output else default
-        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(public(record), indent=2) + "\n", encoding="utf-8")
         print(f"{loader.num_rows} rows, {record['seconds']} s; written to {output}")
     accelerator.end_training()
 

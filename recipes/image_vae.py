@@ -43,7 +43,7 @@ class ImageArguments:
     norm: str = "group"
     dropout: float = 0.0
     likelihood: str = "gaussian"
-    scale_mode: str = "optimal"
+    scale_mode: str = "learned"
     scale: float = 0.1
     prior: str = "standard_normal"
     prior_components: int = 50
@@ -66,7 +66,7 @@ AUGMENTATION = ("horizontal_flip", "vertical_flip", "shift", "min_scale", "rotat
 
 def walks(model: ImageVAE, start: Tensor, units: int = 8, steps: int = 9) -> tuple[Tensor, list[str]]:
     """Pictures (units, steps, C, H, W) along the latent's most active dimensions, -3 to 3, and their names."""
-    spread = start.flatten(1).var(0)
+    spread = start.flatten(1).var(0, correction=0)
     chosen = spread.argsort(descending=True)[:units]
     z = start[:1].expand(len(chosen) * steps, *start.shape[1:]).clone()
     values = torch.linspace(-3, 3, steps, device=z.device).repeat(len(chosen))
@@ -94,17 +94,19 @@ def main() -> None:
     processor = ImageVAEImageProcessor(size={"height": image.image_size, "width": image.image_size}, num_channels=image.num_channels)
     transform = binarization(image.binarize)
 
-    def show(model: ImageVAE, step: int) -> None:
-        grid(model.sample(36, torch.Generator().manual_seed(args.seed)), Path(args.output_dir) / "samples" / f"step-{step:08d}.png", 6)
+    def show(model: ImageVAE, step: int) -> dict[str, Tensor]:
+        samples = model.sample(36, torch.Generator().manual_seed(args.seed))
+        grid(samples, Path(args.output_dir) / "samples" / f"step-{step:08d}.png", 6)
+        return {"samples": samples}
 
     def draw(model: ImageVAE, figures: Path) -> dict[str, str]:
-        batch = next(iter(loaders["validation"].batches(0)))
-        batch = transform(batch, batch["row"]) if transform else batch
-        pixels = batch["pixel_values"][:64].to(model.device)
+        batch = next(Loader(loaders["validation"].rows, 64, seed=args.seed).batches(0))  # the same for any batch size and number of ranks
+        pixels = (transform(batch, batch["row"]) if transform else batch)["pixel_values"].to(model.device)
         latents = model.encode(pixels).mean
         reconstructions(pixels[:16], model.render(latents[:16]), figures / "reconstructions.png")
         grid(model.sample(64, torch.Generator().manual_seed(args.seed)), figures / "samples.png", 8)
-        walk = model.interpolate(latents[:6], latents[6:12], 9)
+        ends = latents[:12]
+        walk = model.interpolate(ends[:6], ends.flip(0)[:6], 9)
         grid(walk.unflatten(0, (-1, 9)), figures / "interpolation.png")
         traversals(*walks(model, latents), figures / "traversals.png")
         return {}

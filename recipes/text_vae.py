@@ -75,13 +75,14 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = TextVAE(TextVAEConfig(**options | {"vocab_size": len(tokenizer), "unk_token_id": unknown} | ids))
 
-    def show(model: TextVAE, step: int) -> None:
+    def show(model: TextVAE, step: int) -> dict[str, str]:
         sentences = decode_text(tokenizer, model.sample(4, torch.Generator().manual_seed(args.seed), max_new_tokens=30))
         print(f"step {step}, samples:", *sentences, sep="\n  ")
+        return {"samples": table({"sample": sentences})}
 
     def draw(model: TextVAE, figures: Path) -> dict[str, str]:
-        batch = next(iter(loaders["validation"].batches(0)))
-        ids, mask = batch["input_ids"][:8].to(model.device), batch["attention_mask"][:8].to(model.device)
+        batch = next(Loader(rows["validation"], 8, seed=args.seed, pool=0).batches(0))  # of any length, not the shortest ones
+        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
         latents = model.encode(ids, mask).mean
         options = {"max_new_tokens": ids.shape[1] + 10}
         seen, again = decode_text(tokenizer, ids), decode_text(tokenizer, model.generate(latents=latents, num_beams=4, **options))

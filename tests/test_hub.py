@@ -167,6 +167,7 @@ def seen(folder, tmp_path_factory) -> dict:
     done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=200, cwd=root)
     assert done.returncode == 0, done.stderr
     assert SECRET not in done.stdout + done.stderr
+    assert "HTTP Request" not in done.stdout + done.stderr  # an address for an upload can hold a signature
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -175,6 +176,20 @@ def test_push_and_back(seen):
     assert seen["weights_equal"]
     assert seen["tokens"] == train_tokenizer(["a small heart", "a big red ellipse"])("a small heart").input_ids
     assert set(seen["unknown_endpoints"]) <= {"GET /api/agent-harnesses"}  # which the client asks for its user agent
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "files"),
+    [
+        ("text_vae", "TextVAE", {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "figures/curves.png"}),
+        ("image_vae", "ImageVAE", {"preprocessor_config.json", "figures/samples.png", "figures/reconstructions.png"}),
+    ],
+)
+def test_a_recipe_pushes_its_folder_and_it_comes_back(seen, name, kind, files):
+    own = seen["own"][name]
+    assert (own["class"], own["private"], own["weights_equal"], own["latents_equal"]) == (kind, True, True, True)
+    assert {"README.md", "config.json", "metrics.json", "model.safetensors"} | files <= set(own["files"])
+    assert not [file for file in own["files"] if file.startswith(("checkpoints", "samples", "mmvae"))]
 
 
 def test_push_is_one_commit_of_the_model_alone(seen):

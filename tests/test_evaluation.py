@@ -1,0 +1,137 @@
+"""Figures by rows: what they mean, and that they depend on nothing but rows, model and seed."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from mmvae import ImageVAE, ImageVAEConfig, TextVAE, TextVAEConfig
+from mmvae.data import ImageColumn, Loader, Rows, TextColumn
+from mmvae.evaluation import binarization, evaluate_elbo, evaluate_vae
+from mmvae.noise import fold
+from mmvae.processing import train_tokenizer
+
+SENTENCES = ["red heart", "small blue square on dark", "a", "", "big big heart at top left", "blue", "a b c d e f g"] * 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows_of(kind, count=None):
+    if kind == "text":
+        sentences = SENTENCES[:count]
+        return Rows(Dataset.from_dict({"text": sentences}), TextColumn("text", train_tokenizer(SENTENCES)))
+    pixels = torch.randint(0, 256, (count or 21, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Rows(Dataset.from_dict({"image": [x.tolist() for x in pixels]}), ImageColumn("image", 16, 1))
+
+
+def model_of(kind, **options):
+    torch.manual_seed(0)
+    if kind == "text":
+        model = TextVAE(TextVAEConfig(vocab_size=60, hidden_size=16, embedding_size=8, latent_dim=3, dropout=0.5, word_dropout=0.5))
+    else:
+        model = ImageVAE(ImageVAEConfig(image_size=16, num_channels=1, hidden_channels=[8, 8], latent_dim=3, dropout=0.5, **options))
+    with torch.no_grad():
+        model.to_moments.weight.mul_(4)  # latents that differ from row to row
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "mode"), [("text", {}, "none"), ("image", {"likelihood": "bernoulli"}, "dynamic"), ("image", {}, "none")]
+)
+def test_figures_do_not_depend_on_batches_mode_or_generator(kind, options, mode):
+    model, rows, accelerator = model_of(kind, **options), rows_of(kind), Accelerator(cpu=True)
+    found = []
+    for batch_size, shuffle, training in ((21, False, False), (4, True, True)):
+        model.train(training)
+        torch.manual_seed(batch_size)
+        before = torch.get_rng_state()
+        loader = Loader(rows, batch_size, shuffle=shuffle)
+        found.append(evaluate_vae(accelerator, model, loader, num_samples=5, seed=3, transform=binarization(mode)))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert model.training == training
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-5)
+    other = evaluate_vae(accelerator, model, Loader(rows, 21, shuffle=False), num_samples=5, seed=4, transform=binarization(mode))
+    assert all(other[name] != found[0][name] for name in ("neg_elbo_nats", "nll_nats", "mutual_information_nats"))
+
+
+def test_parts_add_up_and_the_bound_holds():
+    model, rows, accelerator = model_of("text"), rows_of("text"), Accelerator(cpu=True)
+    with torch.no_grad():
+        model.to_moments.bias[:3] += 1.0  # away from the prior, so that the bound is loose
+    seeds = [evaluate_vae(accelerator, model, Loader(rows, 21), num_samples=1, seed=seed) for seed in range(25)]
+    for figures in seeds:
+        assert figures["neg_elbo_nats"] == pytest.approx(figures["reconstruction_nats"] + figures["kl_nats"], rel=1e-6)
+    # with one sample the importance-sampled likelihood is an estimate of the same bound: equal in expectation
+    difference = torch.tensor([figures["nll_nats"] - figures["neg_elbo_nats"] for figures in seeds])
+    assert difference.std() > 0.01
+    assert abs(difference.mean()) < 4 * difference.std() / math.sqrt(len(seeds))
+    few, many = (evaluate_vae(accelerator, model, Loader(rows, 21), num_samples=n)["nll_nats"] for n in (8, 400))
+    assert sum(figures["neg_elbo_nats"] for figures in seeds) / len(seeds) - 0.3 > few > many
+
+
+def test_perplexity_is_per_word_with_the_end():
+    rows = rows_of("text")
+    figures = evaluate_vae(Accelerator(cpu=True), model_of("text"), Loader(rows, 8), num_samples=5)
+    words = sum(len(sentence.split()) + 1 for sentence in SENTENCES)
+    assert figures["tokens"] == pytest.approx(words / len(SENTENCES))
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["nll_nats"] * len(SENTENCES) / words))
+    assert figures["perplexity_elbo"] == pytest.approx(math.exp(figures["neg_elbo_nats"] * len(SENTENCES) / words))
+    assert "bits_per_dim" not in figures
+    without = evaluate_vae(Accelerator(cpu=True), model_of("text"), Loader(rows, 8), num_samples=0)
+    assert not {"nll_nats", "perplexity", "importance_samples"} & set(without)
+    assert without["perplexity_elbo"] == pytest.approx(figures["perplexity_elbo"])
+
+
+def test_bits_per_dim_are_told_of_a_discretized_likelihood_only():
+    for likelihood, told in (("discretized_logistic", True), ("gaussian", False), ("bernoulli", False)):
+        figures = evaluate_vae(Accelerator(cpu=True), model_of("image", likelihood=likelihood), Loader(rows_of("image"), 8), num_samples=2)
+        assert ("bits_per_dim" in figures) == told
+        assert {"psnr_db", "ssim"} <= set(figures) and "tokens" not in figures
+        if told:
+            assert figures["bits_per_dim"] == pytest.approx(figures["nll_nats"] / (16 * 16 * math.log(2)))
+
+
+@pytest.mark.parametrize(("kind", "scale", "active"), [("text", 0, 0), ("image", 0, 0), ("image", 50, 3)])
+def test_active_units(kind, scale, active):
+    model = model_of(kind)
+    with torch.no_grad():
+        model.to_moments.weight.mul_(scale)
+    figures = evaluate_elbo(Accelerator(cpu=True), model, Loader(rows_of(kind), 8), detailed=True)
+    assert figures["active_units"] == active
+    assert (abs(figures["mutual_information_nats"]) < 1e-4) == (active == 0)
+    assert figures["mutual_information_nats"] <= math.log(21) + 1e-6
+
+
+def test_one_row_can_be_evaluated():
+    figures = evaluate_vae(Accelerator(cpu=True), model_of("text"), Loader(rows_of("text", 1), 8), num_samples=2)
+    assert math.isfinite(figures["neg_elbo_nats"]) and figures["mutual_information_nats"] == pytest.approx(0, abs=1e-5)
+
+
+# ---- binarisation
+
+
+def test_binarization_is_keyed_and_has_the_pixels_as_its_mean():
+    grey = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2000, 1, 16, 16)
+    keys = fold(0, torch.arange(2000))
+    drawn = binarization("dynamic")({"pixel_values": grey, "row": keys}, keys)["pixel_values"]
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    assert (drawn.mean(0) - grey[0] / 255).abs().max() < 5 * 0.5 / math.sqrt(2000)
+    assert not drawn[..., 0, 0].any() and drawn[..., -1, -1].all()  # black stays black, white stays white
+    part = binarization("dynamic")({"pixel_values": grey[:3].float() / 255}, keys[[5, 0, 9]])["pixel_values"]
+    assert torch.equal(part, drawn[[5, 0, 9]])
+
+
+def test_threshold_none_and_unknown():
+    grey = torch.tensor([127, 128], dtype=torch.uint8).view(1, 1, 1, 2)
+    assert binarization("threshold")({"pixel_values": grey}, torch.zeros(1, dtype=torch.int64))["pixel_values"].tolist() == [[[[0.0, 1.0]]]]
+    assert binarization("none") is None
+    with pytest.raises(ValueError, match=r"binarize: received 'always', expected one of \['none', 'threshold', 'dynamic'\]"):
+        binarization("always")

@@ -1,0 +1,180 @@
+"""Options, and what the recipes share beside the loop."""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from mmvae import ImageVAE, ImageVAEConfig, checkpoint
+from mmvae.checkpoint import CheckpointError
+from mmvae.data import ImageColumn, Loader, Rows
+from mmvae.experiment import RunArguments, keep_layout, parse, precision, start, train, vae_step
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Options:
+    latent_dim: int = 4
+    channels: list[int] | None = None
+
+
+# ---- options
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("latent_dim: 8\nnum_epochs: 3\nlearning_rate: 2e-3\nkl_options: {steps: 7}\nmax_grad_norm: null\nchannels: [8, 16]\n")
+    run, model = parse(RunArguments, Options, argv=["--config", str(path), "--latent_dim", "2", "--lr_options", '{"a": 1}'])
+    assert (model.latent_dim, model.channels) == (2, [8, 16])
+    assert (run.num_epochs, run.learning_rate, run.kl_options, run.lr_options) == (3, 2e-3, {"steps": 7}, {"a": 1})
+    assert (run.max_grad_norm, run.batch_size) == (None, RunArguments(num_epochs=1).batch_size)
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "message"),
+    [
+        ("latnt_dim: 8", [], r"run.yaml: unknown option 'latnt_dim'; the nearest one is 'latent_dim'"),
+        ("3: 8", [], r"run.yaml: unknown option 3; the nearest one is"),
+        ("- latent_dim", [], "run.yaml: received list, expected a mapping"),
+        ("", ["--latnt_dim=8"], "unknown option '--latnt_dim'; the nearest one is '--latent_dim'"),
+        ("", ["stray"], "unknown option 'stray'"),
+        ("objective: elb", [], r"objective: received 'elb', expected one of \['dreg', 'elbo', 'iwae'\]"),
+        ("lr_schedule: reduce_lr_on_plateau", [], "lr_schedule: received 'reduce_lr_on_plateau', expected one of"),
+        ("num_epochs: null", [], "num_epochs and max_steps: received neither"),
+        ("push_to_hub: true\nhub_model_id: a/b/c", [], "repo_id: got 'a/b/c'"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(tmp_path, text, argv, message):
+    (tmp_path / "run.yaml").write_text(f"num_epochs: 1\n{text}" if ":" in text or not text else text)
+    with pytest.raises(ValueError, match=message):
+        parse(RunArguments, Options, argv=["--config", str(tmp_path / "run.yaml"), *argv])
+
+
+def test_precision(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert precision("fp16") == "fp16"
+    assert precision("auto") in ("no", "bf16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert (precision("auto"), precision("no")) == ("fp16", "no")
+
+
+# ---- training
+
+
+def loader(rows=20, batch_size=8, **options):
+    pixels = torch.randint(0, 256, (rows, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = Dataset.from_dict({"image": [x.tolist() for x in pixels]})
+    return Loader(Rows(data, ImageColumn("image", 8, 1)), batch_size, **options)
+
+
+def make(folder, **options):
+    """Arguments of ``train`` for a tiny image VAE."""
+    options = {"num_epochs": 2, "warmup_steps": 0, "mixed_precision": "no", "log_every": 1, "kl_options": {"steps": 4}} | options
+    args = RunArguments(output_dir=str(folder), **options)
+    torch.manual_seed(0)
+    model = ImageVAE(ImageVAEConfig(image_size=8, num_channels=1, hidden_channels=[4], latent_dim=2, likelihood="bernoulli"))
+    return start(args), args, model, {"train": loader(), "validation": loader(6, shuffle=False)}
+
+
+def test_what_is_shown_are_the_weights_that_are_kept(tmp_path):
+    seen = []
+
+    def show(model, step):
+        assert not model.training
+        seen.append((step, {name: p.detach().clone() for name, p in model.named_parameters()}))
+        return {}
+
+    result = train(*make(tmp_path, ema_decay=0.5), show=show)
+    assert [step for step, _ in seen] == [3, 6]
+    state, _ = checkpoint.load(tmp_path / "checkpoints" / "step-00000006")
+    averages, weights = state["ema"]["weights"], state["model"]
+    assert all(torch.equal(x, averages[name]) for name, x in seen[-1][1].items())
+    assert any(not torch.equal(x, weights[name]) for name, x in seen[-1][1].items())
+    assert result.best_step in (3, 6)
+
+
+def test_how_a_run_goes_may_change_and_what_it_computes_may_not(tmp_path):
+    train(*make(tmp_path, num_epochs=1))
+    with pytest.raises(CheckpointError, match=r"options.learning_rate: 0.001 -> 0.1"):
+        train(*make(tmp_path, num_epochs=1, learning_rate=0.1))
+    assert train(*make(tmp_path, num_epochs=1, accumulation=2, save_every=7, tracker=None)).step == 3
+
+
+def test_the_weight_is_a_function_of_the_step_alone(tmp_path):
+    beta = {}
+    for accumulation in (1, 3):
+        accelerator, args, model, loaders = make(tmp_path, accumulation=accumulation)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        step = vae_step(accelerator, model, args, None, optimizer=optimizer)
+        batch = next(loaders["train"].batches(0))
+        beta[accumulation] = [step(batch, n)["beta"] for n in (0, 1, 2, 9)]
+    assert beta[1] == beta[3] == [0.0, 0.25, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("collapsed", [True, False])
+def test_posterior_collapse_is_named(tmp_path, caplog, collapsed):
+    accelerator, args, model, loaders = make(tmp_path, num_epochs=1)
+    with torch.no_grad():
+        model.to_moments.weight.mul_(0 if collapsed else 5)
+        model.to_moments.weight.requires_grad_(not collapsed)
+    with caplog.at_level(logging.WARNING):
+        train(accelerator, args, model, loaders)
+    assert ("posterior collapse: no latent unit is active (KL" in caplog.text) == collapsed
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_loaded_moments_lie_in_memory_as_their_weights_do(fused):
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+
+    def step(model, optimizer, seed):
+        optimizer.zero_grad()
+        model(torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = make()
+    step(model, optimizer, 1)
+    weights = {name: w.clone() for name, w in model.state_dict().items()}
+    saved = optimizer.state_dict()
+    saved = saved | {
+        "state": {i: {k: x.clone(memory_format=torch.contiguous_format) for k, x in s.items()} for i, s in saved["state"].items()}
+    }
+    step(model, optimizer, 2)
+    other, loaded = make()
+    loaded.register_load_state_dict_post_hook(keep_layout)
+    other.load_state_dict(weights)
+    loaded.load_state_dict(saved)
+    step(other, loaded, 2)
+    assert torch.equal(model.weight, other.weight)
+
+
+def test_a_stream_needs_a_number_of_steps(tmp_path):
+    accelerator, args, model, loaders = make(tmp_path)
+    stream = Dataset.from_dict({"image": [[[0] * 8] * 8] * 9}).to_iterable_dataset()
+    loaders["train"] = Loader(Rows(stream, ImageColumn("image", 8, 1)), 8)
+    with pytest.raises(ValueError, match="max_steps: received None with streaming, expected a number"):
+        train(accelerator, args, model, loaders)
+
+
+def test_paths_of_this_machine_stay_out_of_the_record(monkeypatch, tmp_path):
+    from mmvae.experiment import _without_place
+
+    monkeypatch.chdir(tmp_path)
+    words = ["/data/jane/ptb", "--dataset=/data/jane/ptb", str(tmp_path / "out"), "user/name", "--seed=1", "a=b/c"]
+    assert [_without_place(word) for word in words] == ["ptb", "--dataset=ptb", str(tmp_path / "out"), "user/name", "--seed=1", "a=b/c"]
+    assert json.dumps(sys.argv)  # what is recorded are words
+    assert Accelerator().is_main_process
