@@ -212,18 +212,6 @@ def vae_step(
     return step
 
 
-def keep_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Lay an optimizer's loaded moments out in memory as their parameters are.
-
-    Fused AdamW walks memory without looking at strides: next to channels-last weights, contiguous moments (which is what a file holds)
-    would be taken for those of other weights, without an error.
-    """
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
 def train(
     accelerator: Accelerator,
     args: RunArguments,
@@ -254,7 +242,6 @@ def train(
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, args.adam_beta2), fused=True)
-    optimizer.register_load_state_dict_post_hook(keep_layout)
     options = {"num_warmup_steps": args.warmup_steps, "num_training_steps": steps, "scheduler_specific_kwargs": args.lr_options}
     prepared, optimizer = accelerator.prepare(model, optimizer)
     scheduler = get_scheduler(args.lr_schedule, getattr(optimizer, "optimizer", optimizer), **options)
@@ -277,12 +264,13 @@ def train(
         return figures
 
     step = vae_step(accelerator, prepared, args, transform, optimizer=optimizer, scheduler=scheduler, ema=ema)
+    options = {name: value for name, value in asdict(args).items() if name not in _FREE} | {"mixed_precision": accelerator.mixed_precision}
     model.train()
     result = fit(
         accelerator, step, loaders["train"], state=state, folder=Path(args.output_dir) / "checkpoints", max_steps=steps,
         evaluate=validate, eval_every=args.eval_every, monitor="neg_elbo_nats", patience=args.patience, log_every=args.log_every,
         save_every=args.save_every, keep=args.keep, resume=args.resume, seed=args.seed,
-        info={"config": json.loads(model.config.to_json_string()), "options": {k: v for k, v in asdict(args).items() if k not in _FREE}},
+        info={"config": json.loads(model.config.to_json_string()), "options": options},
     )  # fmt: skip
     load_weights(prepared, result.checkpoint)
     unwrap(prepared).eval()

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DistributedType
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.optim import Optimizer
 
@@ -52,6 +53,20 @@ def load_state(source: Path, accelerator: Accelerator, objects: Mapping[str, Any
             sharded.set_optimizer_state_dict(_model_of(value, objects), _inner(value), state[name], options=options)
         else:
             (unwrap(value) if isinstance(value, nn.Module) else value).load_state_dict(state[name])
+            if isinstance(value, Optimizer):
+                keep_layout(_inner(value))
+
+
+def keep_layout(optimizer: Optimizer) -> None:
+    """Lay an optimizer's loaded moments out in memory as their parameters are.
+
+    Fused AdamW walks memory without looking at strides: next to channels-last weights, contiguous moments (which is what a file holds)
+    would be taken for those of other weights, without an error.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def load_weights(model: nn.Module, folder: str | Path, *, entry: str = "model", ema: str = "ema") -> None:

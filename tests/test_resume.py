@@ -14,6 +14,7 @@ from distributed_toy import digest, make, run
 
 from mmvae import checkpoint
 from mmvae.checkpoint import CheckpointError
+from mmvae.snapshot import keep_layout
 
 TOY = Path(__file__).with_name("distributed_toy.py")
 STEPS = 6  # two epochs of three batches, the last one incomplete
@@ -278,3 +279,31 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, tmp_path):
         assert one.step == STEPS
         for mine, theirs in zip(state["model"].parameters(), two["weights"], strict=True):
             torch.testing.assert_close(mine.detach(), torch.tensor(theirs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_loaded_moments_lie_in_memory_as_their_weights_do(fused):
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+
+    def step(model, optimizer, seed):
+        optimizer.zero_grad()
+        model(torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = make()
+    step(model, optimizer, 1)
+    weights = {name: w.clone() for name, w in model.state_dict().items()}
+    saved = optimizer.state_dict()
+    saved = saved | {
+        "state": {i: {k: x.clone(memory_format=torch.contiguous_format) for k, x in s.items()} for i, s in saved["state"].items()}
+    }
+    step(model, optimizer, 2)
+    other, loaded = make()
+    other.load_state_dict(weights)
+    loaded.load_state_dict(saved)
+    keep_layout(loaded)
+    step(other, loaded, 2)
+    assert torch.equal(model.weight, other.weight)
