@@ -116,6 +116,12 @@ class GaussianMixture(Distribution):
         """(B, *event)."""
         return (self._over_events(self.log_weights.exp()) * self.components.mean).sum(0)
 
+    @property
+    def variance(self) -> Tensor:
+        """(B, *event)."""
+        spread = self.components.variance + (self.components.mean - self.mean).square()
+        return (self._over_events(self.log_weights.exp()) * spread).sum(0)
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats. ``value``: (*, B, *event). Returns (*, B)."""
         at = value.unsqueeze(-1 - len(self.event_shape) - len(self.batch_shape))

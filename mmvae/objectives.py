@@ -36,6 +36,11 @@ class Terms:
         q: the posterior.
         prior: p(z).
         private: log p(w) - log q(w) of latents that one modality keeps to itself, (S, K, B).
+        log_weights: (K, B) nats, of the components that z holds; those of ``q.mixture`` when None. Where one component was drawn per
+            row, z holds just that one, K = 1, and its weight is 1: zeros.
+        members: (K, B, M) bool, likewise: which modalities these components are made of; ``q.members`` when None.
+        log_pk: (K, B) nats, log p(k), when k is itself a latent that p(x|z, k) depends on, as a class is. Then the bound is that of (k, z)
+            under ``q(k) q(z|k)``, with q(k) the weights; else k only says where z came from, and q(z) is the whole mixture.
     """
 
     z: Tensor
@@ -43,6 +48,13 @@ class Terms:
     q: Posterior
     prior: Distribution
     private: dict[str, Tensor] = field(default_factory=dict)
+    log_weights: Tensor | None = None
+    members: Tensor | None = None
+    log_pk: Tensor | None = None
+
+    def weights(self) -> Tensor:
+        """log of the weights of the components in z, (K, B)."""
+        return self.q.mixture.log_weights if self.log_weights is None else self.log_weights
 
     def likelihood(self) -> Tensor:
         """log p(x|z) summed over modalities, (S, K, B)."""
@@ -51,10 +63,18 @@ class Terms:
     def log_ratio(self, detach_q: bool = False) -> Tensor:
         """log p(z) - log q(z), plus the private latents' share, (S, K, B)."""
         q = self.q.mixture.detach() if detach_q else self.q.mixture
-        return self.prior.log_prob(self.z) - q.log_prob(self.z) + sum(self.private.values())
+        value = self.prior.log_prob(self.z) + sum(self.private.values())
+        if self.log_pk is None:
+            return value - q.log_prob(self.z)
+        return value - q.components.log_prob(self.z) + self.log_pk - _present(self.weights())
 
 
 Objective = Callable[[Terms, float], Tensor]
+
+
+def _present(log_weights: Tensor) -> Tensor:
+    """Log-weights with 0 for absent components, whose terms are left out anyway: no infinity may meet a gradient."""
+    return log_weights.masked_fill(log_weights == -math.inf, 0.0)
 
 
 def free_bits(kl: Tensor, nats: float, per: str = "dimension") -> Tensor:
@@ -80,9 +100,10 @@ def free_bits(kl: Tensor, nats: float, per: str = "dimension") -> Tensor:
 
 
 def _closed_form(terms: Terms) -> DiagNormal | None:
-    """The posterior, when it is one normal and the prior is one too."""
+    """The posterior's components, when z comes from each alone (there is one, or k is a latent) and the prior is a normal too."""
     q = terms.q.mixture.components
-    return q if q.batch_shape[0] == 1 and isinstance(terms.prior, DiagNormal) else None
+    alone = q.batch_shape[0] == 1 or terms.log_pk is not None
+    return q if alone and isinstance(terms.prior, DiagNormal) else None
 
 
 def kl_to_prior(terms: Terms, floor: float = 0.0, per: str = "dimension") -> Tensor:
@@ -100,7 +121,11 @@ def kl_to_prior(terms: Terms, floor: float = 0.0, per: str = "dimension") -> Ten
         value = -terms.log_ratio() if q is None else kl_per_dimension(q, terms.prior).flatten(2).sum(-1)
         value = free_bits(value, floor, per) if floor else value
     value = value.expand(terms.z.shape[:3])
-    return value - sum(terms.private.values()) if q is not None else value
+    if q is None:
+        return value
+    if terms.log_pk is not None:
+        value = value + _present(terms.weights()) - terms.log_pk
+    return value - sum(terms.private.values())
 
 
 def elbo(terms: Terms, beta: float = 1.0, free_bits: float = 0.0, free_bits_per: str = "dimension") -> Tensor:
@@ -116,19 +141,18 @@ def elbo(terms: Terms, beta: float = 1.0, free_bits: float = 0.0, free_bits_per:
         (B,).
     """
     value = terms.likelihood() - beta * kl_to_prior(terms, free_bits, free_bits_per)
-    weights = terms.q.mixture.log_weights.exp()
+    weights = terms.weights().exp()
     return torch.where(weights > 0, weights * value, 0.0).sum(1).mean(0)
 
 
-def _log_weights(terms: Terms, beta: float, detach_q: bool = False) -> Tensor:
-    """log w of every sample, component weights included, (S K, B); their mean over samples is the bound."""
-    value = terms.likelihood() + beta * terms.log_ratio(detach_q) + terms.q.mixture.log_weights
-    return value.flatten(0, 1)
+def log_weights(terms: Terms, beta: float = 1.0, detach_q: bool = False) -> Tensor:
+    """log w of every sample, component weights included, (S K, B) nats; the log of their sum over S is the importance-weighted bound."""
+    return (terms.likelihood() + beta * terms.log_ratio(detach_q) + terms.weights()).flatten(0, 1)
 
 
 def iwae(terms: Terms, beta: float = 1.0) -> Tensor:
     r"""Importance-weighted bound, :math:`\log \tfrac1S \sum_s w(z_s)`, in nats. Returns (B,)."""
-    return _log_weights(terms, beta).logsumexp(0) - math.log(len(terms.z))
+    return log_weights(terms, beta).logsumexp(0) - math.log(len(terms.z))
 
 
 def dreg(terms: Terms, beta: float = 1.0) -> Tensor:
@@ -140,13 +164,13 @@ def dreg(terms: Terms, beta: float = 1.0) -> Tensor:
     Returns:
         (B,) nats.
     """
-    log_weights = _log_weights(terms, beta, detach_q=True)
-    normalised = log_weights.detach().softmax(0)
+    log_w = log_weights(terms, beta, detach_q=True)
+    normalised = log_w.detach().softmax(0)
     if terms.z.requires_grad:
         share = normalised.reshape(*terms.z.shape[:3], *[1] * (terms.z.dim() - 3))
         terms.z.register_hook(lambda grad: share * grad)
-    surrogate = torch.where(normalised > 0, normalised * log_weights, 0.0).sum(0)  # an absent component is 0 times -inf
-    bound = (log_weights.logsumexp(0) - math.log(len(terms.z))).detach()
+    surrogate = torch.where(normalised > 0, normalised * log_w, 0.0).sum(0)  # an absent component is 0 times -inf
+    bound = (log_w.logsumexp(0) - math.log(len(terms.z))).detach()
     return bound + surrogate - surrogate.detach()
 
 

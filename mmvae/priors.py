@@ -15,16 +15,35 @@ from mmvae.distributions import DiagNormal, GaussianMixture
 Encode = Callable[[Tensor], DiagNormal]
 
 
-class StandardNormal(nn.Module):
-    r""":math:`p(z) = \mathcal N(0, I)`.
+class Prior(nn.Module):
+    """What every prior takes and gives; a new one is a subclass and a line in ``PRIORS``.
 
     Arguments:
         event_shape: (D,) or (C, h, w).
+        num_components: K, where it has components.
+        pseudo_input_shape: shape of one pseudo-input, where it has them; what that means is the encoder's business (see
+            ``VAEModel.encode_pseudo_inputs``).
     """
 
-    def __init__(self, event_shape: Sequence[int], **_: object):
+    def __init__(self, event_shape: Sequence[int], num_components: int = 50, pseudo_input_shape: Sequence[int] = ()):
         super().__init__()
         self.event_shape = tuple(event_shape)
+        self.build(num_components, tuple(pseudo_input_shape))
+        self.reset_parameters()
+
+    def build(self, num_components: int, pseudo_input_shape: tuple[int, ...]) -> None:
+        """Make the parameters, if there are any."""
+
+    def reset_parameters(self) -> None:
+        """Give every parameter its first value, with ``torch.nn.init`` only."""
+
+    def forward(self, encode: Encode, device: torch.device) -> Distribution:
+        """p(z), of batch () or (1,), so that it broadcasts over rows."""
+        raise NotImplementedError
+
+
+class StandardNormal(Prior):
+    r""":math:`p(z) = \mathcal N(0, I)`."""
 
     def forward(self, encode: Encode, device: torch.device) -> Distribution:
         """A DiagNormal of batch ()."""
@@ -32,20 +51,14 @@ class StandardNormal(nn.Module):
         return DiagNormal(zeros, zeros, len(self.event_shape))
 
 
-class MixtureOfGaussians(nn.Module):
-    r""":math:`p(z) = \sum_k w_k \mathcal N(\mu_k, e^{v_k})` with learned weights, means and log-variances.
+class MixtureOfGaussians(Prior):
+    r""":math:`p(z) = \sum_k w_k \mathcal N(\mu_k, e^{v_k})` with learned weights, means and log-variances."""
 
-    Arguments:
-        event_shape: (D,) or (C, h, w).
-        num_components: K.
-    """
-
-    def __init__(self, event_shape: Sequence[int], num_components: int = 50, **_: object):
-        super().__init__()
-        self.loc = nn.Parameter(torch.empty(num_components, 1, *event_shape))
-        self.logvar = nn.Parameter(torch.empty(num_components, 1, *event_shape))
+    def build(self, num_components: int, pseudo_input_shape: tuple[int, ...]) -> None:
+        """Means and log-variances (K, 1, *event), logits of the weights (K, 1)."""
+        self.loc = nn.Parameter(torch.empty(num_components, 1, *self.event_shape))
+        self.logvar = nn.Parameter(torch.empty(num_components, 1, *self.event_shape))
         self.logits = nn.Parameter(torch.empty(num_components, 1))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Means from N(0, 1/2), variances 1/2, equal weights: together close to N(0, I)."""
@@ -58,20 +71,19 @@ class MixtureOfGaussians(nn.Module):
         return GaussianMixture(DiagNormal(self.loc, self.logvar, self.loc.dim() - 2), self.logits)
 
 
-class VampPrior(nn.Module):
+class VampPrior(Prior):
     r""":math:`p(z) = \sum_k w_k\, q(z \mid u_k)`: the encoder's own posteriors at learned pseudo-inputs.
 
-    Arguments:
-        event_shape: unused; the encoder knows it.
-        num_components: K.
-        pseudo_input_shape: shape of one pseudo-input; what it means is the encoder's business (see ``VAEModel.encode_pseudo_inputs``).
+    Raises:
+        ValueError: for a modality that has no pseudo-inputs.
     """
 
-    def __init__(self, event_shape: Sequence[int], num_components: int = 50, pseudo_input_shape: Sequence[int] = (), **_: object):
-        super().__init__()
+    def build(self, num_components: int, pseudo_input_shape: tuple[int, ...]) -> None:
+        """Pseudo-inputs (K, *pseudo_input_shape), logits of the weights (K, 1)."""
+        if not pseudo_input_shape:
+            raise ValueError("prior: received 'vamp' for a modality without pseudo-inputs, expected a pseudo_input_shape")
         self.pseudo_inputs = nn.Parameter(torch.empty(num_components, *pseudo_input_shape))
         self.logits = nn.Parameter(torch.empty(num_components, 1))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Pseudo-inputs from N(0, 1), equal weights."""
@@ -83,7 +95,7 @@ class VampPrior(nn.Module):
         return GaussianMixture(encode(self.pseudo_inputs).unsqueeze(1), self.logits)
 
 
-PRIORS: dict[str, type[nn.Module]] = {
+PRIORS: dict[str, type[Prior]] = {
     "standard_normal": StandardNormal,
     "mixture": MixtureOfGaussians,
     "vamp": VampPrior,

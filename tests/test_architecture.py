@@ -106,7 +106,7 @@ def test_models_know_their_place():
         siblings = {there[1] for there in inner_imports(path) if len(there) == 2 and there[0] == "models"} - {path.stem}
         assert "heads" not in siblings or path.stem == "__init__", show(path)
         if path.stem not in ("heads", "__init__"):
-            assert siblings <= ({"base"} - {path.stem}), show(path)
+            assert siblings <= {"configuration"} | ({"base"} if path.stem not in ("base", "configuration") else set()), show(path)
 
 
 def test_lower_floors_need_torch_alone():

@@ -262,3 +262,34 @@ def test_the_contract_holds_for_a_model_from_outside():
     model, x = linear_gaussian()
     assert model.posterior(values=x).mixture.batch_shape == (6,)
     assert model.eval()(x).latents.shape == (6, 3)
+
+
+class ClassConditional(type(linear_gaussian()[0])):
+    """p(x|z, y): the class moves the mean."""
+
+    condition_names = ("class_labels",)
+
+    def decode(self, z, class_labels):
+        return super().decode(z + class_labels.unsqueeze(-1))
+
+
+def test_conditions_reach_the_decoder_and_nothing_else():
+    model, x = linear_gaussian()
+    conditional = ClassConditional(model.config).double()
+    labels = torch.arange(6)
+    bound = {"noise_key": labels, "sample_posterior": True}
+    out = VAEModel.forward(conditional, values=x, class_labels=labels, **bound)
+    z = out.latents
+    torch.testing.assert_close(out.log_px, conditional.decode(z, labels).log_prob(x))
+    plain = VAEModel.forward(conditional, values=x, class_labels=0 * labels, **bound)
+    torch.testing.assert_close(plain.elbo, model(x, **bound).elbo)
+    assert not torch.allclose(out.elbo[1:], plain.elbo[1:])
+    assert conditional.log_marginal(values=x, class_labels=labels, num_samples=3).shape == (6,)
+
+
+@pytest.mark.parametrize(("call", "name"), [("log_marginal", "chunk_size"), ("log_marginal", "num_samples"), ("sample", "num_samples")])
+def test_counts_below_one_are_named(call, name):
+    model, x = linear_gaussian()
+    inputs = {"values": x} if call == "log_marginal" else {}
+    with pytest.raises(ValueError, match=f"{name}: received -1"):
+        getattr(model, call)(**inputs, **{name: -1})

@@ -161,6 +161,37 @@ def test_private_latents_count_in_every_objective():
     torch.testing.assert_close(iwae(more), expected)
 
 
+@pytest.mark.parametrize("objective", [elbo, iwae, dreg])
+def test_a_latent_component_is_bounded_by_the_enumerated_likelihood(objective):
+    """log p(x) = log sum_k p(k) p(x|k), with q(z|k) = p(z): exact for q(k) = p(k|x), and never exceeded by the elbo."""
+    log_px, log_pk = torch.randn(1, 3, 4), torch.randn(3, 4).log_softmax(0)
+    exact = (log_px[0] + log_pk).logsumexp(0)
+    for log_qk in ((log_px[0] + log_pk).log_softmax(0), torch.randn(3, 4).log_softmax(0), (9 * torch.randn(3, 4)).log_softmax(0)):
+        log_qk.requires_grad_()
+        q = make_posterior(torch.zeros(3, 4, 2), torch.zeros(3, 4, 2), log_qk)
+        z = q.mixture.stratified(1)
+        value = objective(Terms(z, {"a": log_px}, q, DiagNormal(torch.zeros(2), torch.zeros(2)), log_pk=log_pk))
+        assert (value <= exact + 1e-5).all()
+        if objective is not elbo or torch.allclose(log_qk, (log_px[0] + log_pk).log_softmax(0)):
+            torch.testing.assert_close(value, exact)
+        value.sum().backward()
+        assert log_qk.grad is None or log_qk.grad.isfinite().all()
+
+
+def test_one_drawn_component_has_the_bound_of_all_in_expectation():
+    q = make_posterior(torch.randn(3, 1, 2), torch.randn(3, 1, 2), torch.randn(3, 1))
+    prior, samples = DiagNormal(torch.zeros(2), torch.zeros(2)), 300_000
+    every, drawn = q.mixture.stratified(samples), q.mixture.sample((samples,)).unsqueeze(1)
+    for objective in (elbo, iwae):
+        values = [
+            objective(Terms(z, {"a": -(z - 0.3).square().sum(-1)}, q, prior, log_weights=weights))
+            for z, weights in ((every, None), (drawn, torch.zeros(1, 1)))
+        ]
+        torch.testing.assert_close(*values, atol=0.05, rtol=0)
+    t = Terms(drawn.requires_grad_(), {"a": -drawn.square().sum(-1)}, q, prior, log_weights=torch.zeros(1, 1))
+    torch.testing.assert_close(dreg(t), iwae(t))
+
+
 def test_free_bits_per_dimension_row_and_batch():
     kl_ = torch.tensor([[0.1, 0.5], [0.3, 0.0]], requires_grad=True)  # (B, D)
     assert torch.equal(free_bits(kl_, 0.2), torch.tensor([[0.2, 0.5], [0.3, 0.2]]))

@@ -1,88 +1,25 @@
-"""What every VAE shares: the configuration, the contract of a modality, and the bodies of ``forward`` and ``log_marginal``.
+"""What every VAE shares: the contract of a modality, and the bodies of ``forward`` and ``log_marginal``.
 
 Shapes: ``S`` samples, ``K`` components of the posterior, ``B`` batch, ``*event`` the latent's event, (D,) or (C, h, w).
 """
 
-import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mmvae.aggregation import Posterior, alone
 from mmvae.distributions import DiagNormal
 from mmvae.likelihoods import Scale
+from mmvae.models.configuration import VAEConfig
 from mmvae.noise import fold, keyed_normal
-from mmvae.objectives import Objective, Terms, elbo, kl_to_prior
-from mmvae.priors import PRIORS, MixtureOfGaussians, VampPrior
-
-# Names that transformers itself hands to a config beside its fields.
-_FOREIGN = {
-    "_attn_implementation_internal",
-    "_commit_hash",
-    "_experts_implementation_internal",
-    "_name_or_path",
-    "attn_implementation",
-    "auto_map",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "per_layer_config",
-    "tie_word_embeddings",
-    "torch_dtype",
-    "use_cache",
-}
-
-
-@strict
-class VAEConfig(PreTrainedConfig):
-    """What the configurations of all VAEs share. A name that is not a field is an error that names the nearest field.
-
-    Arguments:
-        latent_dim: size of the latent vector, or its channels when it is spatial; 1 to 65,536.
-        prior: a key of ``mmvae.priors.PRIORS``.
-        prior_components: K of a mixture or Vamp prior; 1 to 10,000.
-    """
-
-    latent_dim: int = 64
-    prior: str = "standard_normal"
-    prior_components: int = 50
-
-    # Allowed closed ranges and sets of values, by field; subclasses add theirs.
-    ranges: ClassVar[dict[str, tuple[float, float]]] = {"latent_dim": (1, 65_536), "prior_components": (1, 10_000)}
-    choices: ClassVar[dict[str, Sequence[Any]]] = {"prior": tuple(PRIORS)}
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        known = {f.name for f in fields(self)}
-        for name in kwargs.keys() - _FOREIGN:
-            nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            raise ValueError(f"{type(self).__name__}: unknown field {name!r} = {kwargs[name]!r}; the nearest one is {nearest!r}")
-        super().__post_init__(**kwargs)
-
-    def validate_architecture(self) -> None:
-        """Check every field against ``ranges`` and ``choices`` before any module is built.
-
-        Raises:
-            ValueError: naming the field, its value and what was expected.
-        """
-        for name, (low, high) in self.ranges.items():
-            value = getattr(self, name)
-            for item in value if isinstance(value, list | tuple) else [value]:
-                if item is not None and not low <= item <= high:  # false for NaN too
-                    raise ValueError(f"{type(self).__name__}.{name}: received {value!r}, expected {low} to {high}")
-        for name, allowed in self.choices.items():
-            if getattr(self, name) not in allowed:
-                expected = ", ".join(map(repr, allowed))
-                raise ValueError(f"{type(self).__name__}.{name}: received {getattr(self, name)!r}, expected one of {expected}")
+from mmvae.objectives import Objective, Terms, elbo, kl_to_prior, log_weights
+from mmvae.priors import PRIORS, Prior
 
 
 @dataclass
@@ -97,7 +34,7 @@ class VAEOutput(ModelOutput):
         kl: (B,), KL(q(z|x) || p(z)) in closed form, or its estimate from the samples.
         latents: (B, *event), the first sample.
         latent_mean: (B, *event), the posterior's mean.
-        latent_logvar: (B, *event), the posterior's log-variance (of its first component).
+        latent_logvar: (B, *event), the log of the posterior's variance.
         logits: (B, T, V), only when latents were given and text was decoded.
         past_key_values: the decoder's recurrent state while generating.
     """
@@ -119,10 +56,20 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: received {value!r}, expected at least {least}")
 
 
+def _weighted(weights: Tensor, value: Tensor) -> Tensor:
+    """Sum over components, (S, K, B) to (S, B), in which an absent one counts nothing, whatever its value."""
+    return torch.where(weights > 0, weights * value, 0.0).sum(1)
+
+
 class VAE(PreTrainedModel):
     """A variational autoencoder over one modality or many: what is the same for all of them.
 
-    A subclass gives ``posterior``, ``log_px`` and ``prior``; ``forward`` is spelled out by each model and calls :meth:`bound`.
+    A subclass gives ``posterior``, ``log_px`` and ``prior``, and ``terms`` where it draws more than z; ``forward`` is spelled out by
+    each model and calls :meth:`bound`.
+
+    Attributes:
+        input_names: the inputs that are encoded and scored, main input first.
+        condition_names: the inputs that p(x|z) may depend on besides z.
     """
 
     config: VAEConfig
@@ -130,6 +77,8 @@ class VAE(PreTrainedModel):
     supports_gradient_checkpointing = False
     accepts_loss_kwargs = False  # Trainer must divide by the accumulation steps itself
     model_tags: ClassVar[list[str]] = ["mmvae", "vae"]
+    input_names: ClassVar[tuple[str, ...]] = ()
+    condition_names: ClassVar[tuple[str, ...]] = ()
 
     def posterior(self, **inputs: Tensor) -> Posterior:
         """Infer the latent from the inputs."""
@@ -146,6 +95,21 @@ class VAE(PreTrainedModel):
     def render(self, z: Tensor, **options: Any) -> Tensor:
         """What a person looks at, made from latents (B, *event)."""
         raise NotImplementedError
+
+    def terms(
+        self, q: Posterior, inputs: dict[str, Tensor], num_samples: int, noise_key: Tensor | None, sample: bool = True, first: int = 0
+    ) -> Terms:
+        """Draw latents and score the inputs under them: all that an objective needs.
+
+        Arguments:
+            q: the posterior of ``inputs``.
+            num_samples: S.
+            noise_key: (B,) int64 keys; torch's generator when None.
+            sample: draw samples, or use the components' means.
+            first: number of the first sample, which keyed noise depends on.
+        """
+        z = self._draw(q, num_samples, noise_key, sample, first)
+        return Terms(z, self.log_px(z, q, **inputs), q, self.prior())
 
     def bound(
         self,
@@ -168,22 +132,22 @@ class VAE(PreTrainedModel):
         """
         _at_least("num_samples", num_samples, 1)
         q = self.posterior(**inputs)
-        z = self._draw(q, num_samples, noise_key, self.training if sample_posterior is None else sample_posterior)
-        terms = Terms(z, self.log_px(z, q, **inputs), q, self.prior())
+        terms = self.terms(q, inputs, num_samples, noise_key, self.training if sample_posterior is None else sample_posterior)
         loss_rows = -(objective or elbo)(terms, beta)
         with torch.no_grad():
-            weights = q.mixture.log_weights.exp()
-            log_px = (weights * terms.likelihood()).sum(1).mean(0)
-            kl = (weights * kl_to_prior(terms)).sum(1).mean(0)
+            weights = terms.weights().exp()
+            log_px = _weighted(weights, terms.likelihood()).mean(0)
+            kl = _weighted(weights, kl_to_prior(terms)).mean(0)
+            present = weights.argmax(0)  # a component that is not absent
         return VAEOutput(
             loss=loss_rows.mean(),
             loss_rows=loss_rows,
             elbo=log_px - kl,
             log_px=log_px,
             kl=kl,
-            latents=z[0, 0],
+            latents=terms.z[0, present, torch.arange(len(present), device=present.device)],
             latent_mean=q.mixture.mean,
-            latent_logvar=q.mixture.components.logvar[0],
+            latent_logvar=q.mixture.variance.log(),
         )
 
     @torch.no_grad()
@@ -203,17 +167,14 @@ class VAE(PreTrainedModel):
         Returns:
             (B,) float32.
         """
-        _at_least("num_samples", num_samples, 1)
-        q, prior = self.posterior(**inputs), self.prior()
-        rows = q.mixture.components.batch_shape.numel()
-        chunk_size = chunk_size or max(1, 2048 // rows)
+        q = self.posterior(**inputs)
+        chunk_size = max(1, 2048 // q.mixture.components.batch_shape.numel()) if chunk_size is None else chunk_size
+        _at_least("num_samples", num_samples, 1), _at_least("chunk_size", chunk_size, 1)
         total = torch.full(q.mixture.batch_shape, -math.inf, device=self.device)
         for start in range(0, num_samples, chunk_size):
             size = min(chunk_size, num_samples - start)
-            z = self._draw(q, size, noise_key, True, start)
-            terms = Terms(z, self.log_px(z, q, **inputs), q, prior)
-            weights = terms.likelihood() + terms.log_ratio() + q.mixture.log_weights
-            total = torch.logaddexp(total, weights.flatten(0, 1).logsumexp(0))
+            terms = self.terms(q, inputs, size, noise_key, first=start)
+            total = torch.logaddexp(total, log_weights(terms).logsumexp(0))
         return total - math.log(num_samples)
 
     def _draw(self, q: Posterior, num_samples: int, key: Tensor | None, sample: bool, first: int = 0) -> Tensor:
@@ -231,6 +192,7 @@ class VAE(PreTrainedModel):
     @torch.no_grad()
     def sample_prior(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Latents from p(z), (num_samples, *event)."""
+        _at_least("num_samples", num_samples, 1)
         with torch.random.fork_rng(enabled=generator is not None):
             if generator is not None:
                 seed = torch.randint(2**62, (), generator=generator, device=generator.device)
@@ -250,9 +212,10 @@ class VAE(PreTrainedModel):
 
     @torch.no_grad()
     def reconstruct(self, **inputs: Any) -> Tensor:
-        """Render the posterior's mean. Names that are not inputs of the model are options of :meth:`render`."""
-        given = {name: inputs.pop(name) for name in list(inputs) if name in self.input_names}
-        return self.render(self.posterior(**given).mixture.mean, **inputs)
+        """Render the posterior's mean. Names that are not inputs of the model are options of :meth:`render`, as conditions are."""
+        given = {name: value for name, value in inputs.items() if name in self.input_names}
+        options = {name: value for name, value in inputs.items() if name in self.condition_names or name not in given}
+        return self.render(self.posterior(**given).mixture.mean, **options)
 
     @torch.no_grad()
     def interpolate(self, start: Tensor, end: Tensor, num_steps: int = 8, **options: Any) -> Tensor:
@@ -284,7 +247,7 @@ class VAE(PreTrainedModel):
         elif isinstance(module, nn.GRU):
             for parameter in module.parameters():
                 nn.init.uniform_(parameter, -1 / math.sqrt(module.hidden_size), 1 / math.sqrt(module.hidden_size))
-        elif isinstance(module, Scale | MixtureOfGaussians | VampPrior):
+        elif isinstance(module, Scale | Prior):
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -293,13 +256,11 @@ class VAE(PreTrainedModel):
 class VAEModel(VAE):
     """A VAE of one modality, and the whole contract of a modality: what its author writes.
 
-    Attributes:
-        input_names: what ``encode`` and ``target`` take, main input first.
-        condition_names: what ``decode`` may depend on besides z.
+    Its author sets ``main_input_name`` and ``input_names`` (what ``encode`` and ``target`` take; ``condition_names`` are what ``decode``
+    takes besides z), builds the modules and ``self.latent_prior = self.build_prior()`` in ``__init__`` and ends that with
+    ``self.post_init()``, and writes ``encode``, ``decode``, ``target`` and ``render``; ``encode_pseudo_inputs`` with its shape for a
+    VampPrior, and a ``forward`` that names the inputs, so that ``Trainer`` sees them.
     """
-
-    input_names: ClassVar[tuple[str, ...]] = ()
-    condition_names: ClassVar[tuple[str, ...]] = ()
 
     def encode(self, **inputs: Tensor) -> DiagNormal:
         """q(z|x), batch (B,)."""
@@ -320,8 +281,8 @@ class VAEModel(VAE):
 
     @property
     def pseudo_input_shape(self) -> tuple[int, ...]:
-        """Shape of one pseudo-input of a VampPrior."""
-        raise NotImplementedError
+        """Shape of one pseudo-input of a VampPrior; () where the modality has none."""
+        return ()
 
     def encode_pseudo_inputs(self, pseudo_inputs: Tensor) -> DiagNormal:
         """q(z|u), batch (K,), of a VampPrior's pseudo-inputs (K, *pseudo_input_shape)."""
@@ -329,16 +290,25 @@ class VAEModel(VAE):
 
     def build_prior(self) -> nn.Module:
         """The prior that the configuration names."""
-        vamp = {"pseudo_input_shape": self.pseudo_input_shape} if self.config.prior == "vamp" else {}
-        return PRIORS[self.config.prior](self.latent_shape, num_components=self.config.prior_components, **vamp)
+        return PRIORS[self.config.prior](self.latent_shape, self.config.prior_components, self.pseudo_input_shape)
+
+    def forward(self, beta: float = 1.0, **inputs: Any) -> VAEOutput:
+        """Minus the objective, and what it is made of; options and inputs of :meth:`VAE.bound` by name."""
+        given = {name: inputs.pop(name) for name in (*self.input_names, *self.condition_names) if name in inputs}
+        return self.bound(given, beta, **inputs)
 
     def posterior(self, **inputs: Tensor) -> Posterior:
         """q(z|x) as the only expert."""
-        return alone(self.main_input_name, self.encode(**inputs))
+        return alone(self.main_input_name, self.encode(**self._only(self.input_names, inputs)))
 
     def log_px(self, z: Tensor, q: Posterior, **inputs: Tensor) -> dict[str, Tensor]:
         """log p(x|z), (S, K, B) nats."""
-        return {self.main_input_name: self.decode(z).log_prob(self.target(**inputs))}
+        p = self.decode(z, **self._only(self.condition_names, inputs))
+        return {self.main_input_name: p.log_prob(self.target(**self._only(self.input_names, inputs)))}
+
+    @staticmethod
+    def _only(names: tuple[str, ...], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value for name, value in inputs.items() if name in names}
 
     def prior(self) -> Distribution:
         """p(z), broadcasting over rows."""
