@@ -123,8 +123,8 @@ class Scale(nn.Module):
     Arguments:
         mode: "fixed"; "learned" by gradient (as ten times a parameter, so that Adam at 1e-3 does not lag); or "optimal", the running
             average of the closed-form optimum of each training batch, :math:`\sigma^2 = \overline{(x - \mu)^2}` or
-            :math:`b = \overline{|x - \mu|}`. A batch updates it when it is scored in training mode; evaluation leaves it alone, so
-            that the density is normalised.
+            :math:`b = \overline{|x - \mu|}`. A batch updates it when it is scored in training mode with gradients enabled;
+            evaluation leaves it alone, so that the density is normalised.
         scale: its first value, in units of the pixel range.
         power: 2 for gaussian, 1 for laplace.
         momentum: of the running average.
@@ -171,7 +171,8 @@ class _Observed(Independent):
         super().__init__(family(self._loc, scale(loc)).base_dist, 3, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        self._scale.observe(value - self._loc)
+        if torch.is_grad_enabled():  # scoring alone, as log_marginal does, is not training
+            self._scale.observe(value - self._loc)
         return self._family(self._loc, self._scale(self._loc)).log_prob(value)
 
 
@@ -194,7 +195,7 @@ class Likelihood(nn.Module):
         ValueError: for a name or mode that does not exist.
     """
 
-    def __init__(self, name: str, scale_mode: str = "optimal", scale: float = 0.1):
+    def __init__(self, name: str, scale_mode: str = "learned", scale: float = 0.1):
         super().__init__()
         if name not in LIKELIHOODS:
             raise ValueError(f"likelihood: received {name!r}, expected one of {sorted(LIKELIHOODS)}")

@@ -2,6 +2,7 @@
 
 Shapes: ``B`` batch, ``C,H,W`` image, ``h,w`` its size at the bottom of the trunk; ``T`` tokens, ``E`` embedding, ``H`` hidden,
 ``D`` latent, ``V`` vocabulary.
+Around them: padding moved to the right, and misspelt arguments of a model's ``forward``.
 Blocks are those that are fast on CPU and GPU alike: space-to-depth instead of a large first convolution, stride-1 convolutions and
 PixelShuffle instead of transposed ones.
 """
@@ -103,6 +104,21 @@ def receptive_radius(num_levels: int, num_blocks: int) -> int:
     """
     reach = sum((2 * num_blocks + 2) * 2 ** (i + 1) for i in range(num_levels)) + 2
     return -(-reach // 2**num_levels) + 1
+
+
+def right_padded(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows with what is real first, in its order, and the padding after it, wherever the padding was.
+
+    Arguments:
+        rows: (B, T, *).
+        mask: (B, T), not 0 where a row is real.
+
+    Returns:
+        The rows (B, T, *) and their mask (B, T) bool.
+    """
+    real = mask != 0
+    order = real.int().argsort(dim=1, descending=True, stable=True)
+    return rows.take_along_dim(order.view(*order.shape, *[1] * (rows.dim() - 2)), 1), real.gather(1, order)
 
 
 class GRUEncoder(nn.Module):

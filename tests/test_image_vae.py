@@ -1,7 +1,10 @@
 """ImageVAE: any size and number of channels, normalised scores, and tiles that are exact where they can be."""
 
+import math
+
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 
 from mmvae.likelihoods import LIKELIHOODS
@@ -91,6 +94,47 @@ def test_wrong_pictures_are_named(x):
             call(pixel_values=x)
 
 
+def test_what_is_not_a_tensor_is_named():
+    model, x = make(), pictures(1, 1, 16, 16)
+    for wrong in (x.numpy(), x.tolist(), None):
+        for call in (model, model.encode, model.reconstruct):
+            with pytest.raises(TypeError, match="pixel_values: received a (ndarray|list|NoneType), expected a tensor"):
+                call(pixel_values=wrong)
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5, 255.0, math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pixels_outside_their_range_are_named(value, dtype):
+    model, x = make().train(), torch.rand(2, 1, 16, 16)
+    x[1, 0, 3, 4] = value
+    for call in (model, model.encode, model.reconstruct):
+        with pytest.raises(ValueError, match=r"pixel_values: received values from .* to .*, expected floats in \[0, 1\] or torch.uint8"):
+            call(pixel_values=x.to(dtype))
+    x[1, 0, 3, 4] = 1 + 1e-7  # what resizing may leave of a white picture
+    assert model(pixel_values=x).loss.isfinite()
+
+
+def test_a_discretized_likelihood_refuses_binary_pixels():
+    for binarize in ("threshold", "dynamic"):
+        with pytest.raises(
+            StrictDataclassError, match=f"ImageVAEConfig.binarize: received '{binarize}', expected 'none' with .*discretized_logistic"
+        ):
+            make(likelihood="discretized_logistic", binarize=binarize)
+        assert make(likelihood="bernoulli", binarize=binarize).config.binarize == binarize
+    assert make(likelihood="bernoulli").config.binarize == "none"  # of data that is binary already
+
+
+def test_pseudo_inputs_are_encoded_alike_in_training_and_evaluation():
+    with pytest.raises(StrictDataclassError, match="ImageVAEConfig.norm: received 'batch', expected 'group' or 'none' with prior 'vamp'"):
+        make(prior="vamp", norm="batch")
+    model, z = make(prior="vamp", prior_components=4, input_noise=1.0), torch.randn(2, 3)
+    expected = model.prior().log_prob(z)
+    model.train()
+    torch.testing.assert_close(model.prior().log_prob(z), expected)
+    x = pictures(2, 1, 16, 16)
+    assert not torch.equal(model.encode(pixel_values=x).mean, model.encode(pixel_values=x).mean)  # the data still gets its noise
+
+
 def test_a_spatial_model_is_bounded_at_its_own_size_and_encodes_others():
     model = make(spatial_latent=True)
     x = pictures(1, 1, 24, 32)
@@ -168,13 +212,26 @@ def test_a_small_tile_is_not_cut_to_the_configured_size():
     torch.testing.assert_close(model.render_tiled(z, 8), model.render(z), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [30, [29, 33], [45, 38]])
+def test_tiles_of_a_size_that_the_stride_does_not_divide(size):
+    model = make(spatial_latent=True, norm="none", image_size=size)
+    x = pictures(2, 1, *model.config.height_width)
+    q = model.encode(pixel_values=x)
+    for tile_size in (1, 3, 64):
+        tiled = model.encode_tiled(x, tile_size)
+        torch.testing.assert_close(tiled.loc, q.loc, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tiled.logvar, q.logvar, atol=1e-5, rtol=1e-5)
+        picture = model.render_tiled(q.mean, tile_size)
+        assert picture.shape == x.shape
+        torch.testing.assert_close(picture, model.render(q.mean), atol=1e-5, rtol=1e-5)
+
+
 def test_tiles_name_what_is_wrong():
     with pytest.raises(ValueError, match="tiles: received a model with spatial_latent=False"):
         make().encode_tiled(pictures(1, 1, 16, 16))
     model = make(spatial_latent=True, image_size=30)
-    for size in (30, 29):
-        with pytest.raises(ValueError, match=rf"pixel_values: received shape \(1, 1, {size}, {size}\), expected.*sides that 4 divides"):
-            model.encode_tiled(pictures(1, 1, size, size))
+    with pytest.raises(ValueError, match=r"pixel_values: received shape \(1, 1, 29, 29\), expected.*sides that 4 divides"):
+        model.encode_tiled(pictures(1, 1, 29, 29))
     with pytest.raises(ValueError, match="tile_size: received 0, expected at least 1"):
         model.encode_tiled(pictures(1, 1, 32, 32), tile_size=0)
 

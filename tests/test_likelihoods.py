@@ -7,6 +7,7 @@ import torch
 from torch.distributions import Bernoulli, ContinuousBernoulli, Laplace, Normal
 
 from mmvae.likelihoods import LIKELIHOODS, SCALES, Likelihood, bernoulli, continuous_bernoulli, discretized_logistic, gaussian
+from mmvae.models.image_vae import ImageVAEConfig
 
 LEVELS = torch.arange(256, dtype=torch.float64).view(256, 1, 1, 1) / 255
 LOCS = [-30.0, -1.0, -0.002, 0.0, 0.1, 0.5, 127.5 / 255, 1.0, 1.002, 2.0, 30.0]
@@ -141,6 +142,16 @@ def test_the_optimal_scale_follows_the_batches_and_stands_still_in_evaluation(na
         assert likelihood(output).log_prob(x).sum() < best
 
 
+def test_scoring_without_gradients_observes_nothing():
+    likelihood = Likelihood("gaussian", "optimal", 0.5)
+    output, x = torch.zeros(4, 1, 8, 8), torch.rand(4, 1, 8, 8)
+    before = likelihood.scale.moment.clone()
+    with torch.no_grad():
+        score = likelihood(output).log_prob(x)
+    assert torch.equal(likelihood.scale.moment, before)
+    assert torch.equal(likelihood.eval()(output).log_prob(x), score)
+
+
 def test_the_learned_scale_reaches_the_optimum():
     likelihood = Likelihood("gaussian", "learned", 0.1)
     output, x = torch.zeros(4, 1, 8, 8), torch.rand(4, 1, 8, 8)
@@ -171,4 +182,5 @@ def test_errors_name_the_argument():
         Likelihood("poisson")
     with pytest.raises(ValueError, match="scale_mode: received 'best'"):
         Likelihood("gaussian", "best")
+    assert Likelihood("gaussian").scale.mode == ImageVAEConfig().scale_mode == "learned"
     assert torch.equal(gaussian(torch.zeros(1, 1, 1), torch.tensor(2.0)).stddev, torch.full((1, 1, 1), 2.0))

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -76,6 +77,48 @@ def test_a_missing_mask_is_made_from_the_padding():
     model, inputs = make(), batch([BOS, 5, EOS], [BOS, 5, 6, 7, EOS])
     assert torch.equal(model(input_ids=inputs["input_ids"]).loss_rows, model(**inputs).loss_rows)
     assert model.target(**inputs).tolist() == [[5, EOS, -100, -100], [5, 6, 7, EOS]]
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "encoder_layers": 2}], ids=str)
+def test_padding_may_be_at_either_side(options):
+    model, keys = make(**options), fold(0, torch.arange(3))
+    right = batch([BOS, 5, EOS], [BOS, 5, 6, 7, EOS], [BOS, EOS], width=7)
+    lengths = right["attention_mask"].sum(1).tolist()
+    left = {name: torch.stack([row.roll(7 - n) for row, n in zip(rows, lengths, strict=True)]) for name, rows in right.items()}
+    expected = model(**right, noise_key=keys, sample_posterior=True)
+    masks = (left["attention_mask"], left["attention_mask"].bool(), left["attention_mask"].float(), None)
+    for mask in masks:
+        inputs = {"input_ids": left["input_ids"], "attention_mask": mask}
+        out = model(**inputs, noise_key=keys, sample_posterior=True)
+        for name in ("loss_rows", "latent_mean", "latents", "log_px"):
+            assert torch.equal(out[name], expected[name]), name
+        assert torch.equal(model.target(**inputs), model.target(**right))
+    embedded = {"inputs_embeds": model.encoder_embedding(left["input_ids"]), "attention_mask": left["attention_mask"]}
+    assert torch.equal(model.encode(**embedded).mean, expected.latent_mean)
+    assert torch.equal(model.generate(**left, max_new_tokens=5), model.generate(**right, max_new_tokens=5))
+
+
+@pytest.mark.parametrize("special", [{"pad_token_id": EOS}, {"pad_token_id": BOS}], ids=str)
+def test_padding_that_looks_like_a_sentence_end_needs_a_mask(special):
+    model, inputs = make(**special), batch([BOS, 5, EOS], [BOS, 5, 6, 7, EOS])
+    assert model.target(**inputs).tolist() == [[5, EOS, -100, -100], [5, 6, 7, EOS]]
+    assert model(**inputs).loss.isfinite()
+    for call in (model, model.encode, model.target, model.generate):
+        with pytest.raises(ValueError, match="attention_mask: received None, expected a mask since pad_token_id . is also BOS or EOS"):
+            call(input_ids=inputs["input_ids"])
+    assert model.generate(latents=torch.zeros(2, 3), max_new_tokens=3).shape[0] == 2
+
+
+def test_what_is_not_a_tensor_is_named():
+    model, ids = make(), [[BOS, 5, EOS]]
+    for wrong in (ids, np.array(ids)):
+        for call in (model, model.encode, model.target, model.reconstruct):
+            with pytest.raises(TypeError, match="input_ids: received a (list|ndarray), expected a tensor"):
+                call(input_ids=wrong)
+            with pytest.raises(TypeError, match="attention_mask: received a (list|ndarray), expected a tensor"):
+                call(input_ids=torch.tensor(ids), attention_mask=wrong)
+    with pytest.raises(ValueError, match=r"attention_mask: received shape \(1, 2\), expected \(1, 3\)"):
+        model(input_ids=torch.tensor(ids), attention_mask=torch.ones(1, 2))
 
 
 def test_rows_without_words_have_defined_results():

@@ -178,6 +178,24 @@ def test_trainer_lowers_the_loss_with_sampling(tmp_path):
     assert torch.equal(TextVAE.from_pretrained(tmp_path / "saved").lm_head.weight, trainer.model.lm_head.weight)
 
 
+@pytest.mark.parametrize(("build", "rows"), [(small_image, image_rows), (small_text, text_rows)], ids=["image", "text"])
+def test_a_misspelt_argument_of_forward_names_the_nearest(build, rows):
+    model, inputs = build().eval(), {name: column[:2] for name, column in rows().columns.items() if name != "labels"}
+    name = f"{type(model).__name__}.forward"
+    for wrong, nearest in (("num_sampels", "num_samples"), ("betta", "beta"), ("sample_posteriour", "sample_posterior")):
+        with pytest.raises(TypeError, match=f"{name}: unknown argument '{wrong}'; the nearest one is '{nearest}'"):
+            model(**inputs, **{wrong: 5})
+
+
+@pytest.mark.parametrize(("build", "rows"), [(small_image, image_rows), (small_text, text_rows)], ids=["image", "text"])
+def test_forward_takes_what_transformers_passes(build, rows):
+    model, inputs = build().eval(), {name: column[:2] for name, column in rows().columns.items() if name != "labels"}
+    expected = model(**inputs)
+    foreign = {"labels": torch.zeros(2), "token_type_ids": torch.zeros(2, 6), "num_items_in_batch": 2, "logits_to_keep": 1}
+    switches = dict.fromkeys(["output_attentions", "output_hidden_states", "use_cache"], False)
+    assert torch.equal(model(**inputs, **foreign, **switches, return_dict=True).loss, expected.loss)
+
+
 def test_importing_mmvae_registers_its_models(tmp_path):
     small_text().save_pretrained(tmp_path)
     code = """

@@ -1,11 +1,13 @@
-"""The configuration that all VAEs share: strict, with ranges, before any module is built."""
+"""Strictness about names and values: the configuration that all VAEs share, and what their ``forward`` refuses."""
 
 import difflib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import PreTrainedConfig
 
 from mmvae.priors import PRIORS
@@ -71,3 +73,39 @@ class VAEConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 expected = ", ".join(map(repr, allowed))
                 raise ValueError(f"{type(self).__name__}.{name}: received {getattr(self, name)!r}, expected one of {expected}")
+
+
+# What transformers' Trainer, collators, tokenizers, pipelines and generation hand to any model's forward, needed or not.
+FOREIGN_ARGUMENTS = {
+    "cache_position",
+    "head_mask",
+    "interpolate_pos_encoding",
+    "label",
+    "label_ids",
+    "labels",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "pixel_mask",
+    "position_ids",
+    "return_dict",
+    "special_tokens_mask",
+    "token_type_ids",
+    "use_cache",
+}
+
+
+def refuse_unknown(module: nn.Module, received: Mapping[str, Any]) -> None:
+    """Name a misspelt argument of ``module.forward``, which must swallow ``FOREIGN_ARGUMENTS`` and nothing else.
+
+    Arguments:
+        module: whose ``forward`` was called.
+        received: the arguments that none of its parameters took.
+
+    Raises:
+        TypeError: naming the argument and the parameter nearest to it.
+    """
+    for name in received.keys() - FOREIGN_ARGUMENTS:
+        nearest = difflib.get_close_matches(name, inspect.signature(module.forward).parameters.keys() - {"kwargs"}, 1, 0.0)[0]
+        raise TypeError(f"{type(module).__name__}.forward: unknown argument {name!r}; the nearest one is {nearest!r}")

@@ -20,7 +20,8 @@ from transformers.utils.generic import can_return_tuple
 from mmvae.aggregation import Posterior
 from mmvae.distributions import DiagNormal
 from mmvae.likelihoods import LIKELIHOODS, SCALES, Likelihood
-from mmvae.models.base import VAEConfig, VAEModel, VAEOutput
+from mmvae.models.base import VAEModel, VAEOutput
+from mmvae.models.configuration import VAEConfig, refuse_unknown
 from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, fold_leading, receptive_radius
 from mmvae.objectives import Objective
 
@@ -38,9 +39,10 @@ class ImageVAEConfig(VAEConfig):
             bring a side to 7 pixels or fewer, the last 64 wide, those above 64, 32, then 16 (two levels: 32, 64); below 1 M parameters.
         num_blocks: residual blocks per level.
         spatial_latent: a latent of ``latent_dim`` channels at the bottom's resolution instead of a vector, for large pictures.
-        norm: "group", "batch" or "none".
+        norm: "group", "batch" or "none"; "batch" not with a "vamp" prior, whose pseudo-inputs would move the statistics of the data.
         dropout: inside residual blocks, [0, 1).
-        likelihood: a key of ``mmvae.likelihoods.LIKELIHOODS``.
+        likelihood: a key of ``mmvae.likelihoods.LIKELIHOODS``. "bernoulli" with ``binarize`` "none" is for data that is 0 or 1 already;
+            "discretized_logistic" is about 256 levels and takes no other ``binarize``.
         scale_mode: of a gaussian or laplace likelihood: "fixed", "learned" or "optimal"; the last follows every micro-batch of every
             rank, so that it alone makes a loss depend on gradient accumulation and on the rows of a batch.
         scale: its (first) value in units of the pixel range.
@@ -113,6 +115,10 @@ class ImageVAEConfig(VAEConfig):
             raise ValueError(f"ImageVAEConfig.image_size: received {self.image_size!r}, expected a number or [height, width]")
         if self.hidden_channels is not None and not 1 <= len(self.hidden_channels) <= 8:
             raise ValueError(f"ImageVAEConfig.hidden_channels: received {self.hidden_channels!r}, expected 1 to 8 levels")
+        if self.likelihood == "discretized_logistic" and self.binarize != "none":
+            raise ValueError(f"ImageVAEConfig.binarize: received {self.binarize!r}, expected 'none' with likelihood 'discretized_logistic'")
+        if self.prior == "vamp" and self.norm == "batch":
+            raise ValueError("ImageVAEConfig.norm: received 'batch', expected 'group' or 'none' with prior 'vamp'")
 
 
 class ImageVAE(VAEModel):
@@ -159,8 +165,8 @@ class ImageVAE(VAEModel):
         return (self.config.num_channels, *self.config.height_width)
 
     def encode_pseudo_inputs(self, pseudo_inputs: Tensor) -> DiagNormal:
-        """q(z|u) at pixels ``sigmoid(u)``."""
-        return self.encode(pixel_values=pseudo_inputs.sigmoid())
+        """q(z|u) at pixels ``sigmoid(u)``, without input noise."""
+        return self._infer(pseudo_inputs.sigmoid())
 
     def encode(self, pixel_values: Tensor) -> DiagNormal:
         """q(z|x).
@@ -172,15 +178,21 @@ class ImageVAE(VAEModel):
             DiagNormal of batch (B,) and event (D,) or (D, h, w).
 
         Raises:
+            TypeError: for pixels that are not a tensor.
             ValueError: for pixels of another shape or kind than the model's. A model with a spatial latent encodes, decodes and
-                renders other sizes too if the stride divides them; its ``forward`` does not.
+                renders other sizes too if the stride divides them; its ``forward`` does not. Also for floats outside [0, 1], but only
+                in the host's memory: on an accelerator the comparison would wait for the device.
         """
         self._check(pixel_values, any_size=self.config.spatial_latent)
-        x = 2 * self.target(pixel_values=pixel_values).to(self.dtype) - 1
+        pixels = self.target(pixel_values=pixel_values)
         if self.training and self.config.input_noise:
-            x = x + 2 * self.config.input_noise * torch.randn_like(x)
+            pixels = pixels + self.config.input_noise * torch.randn_like(pixels)
+        return self._infer(pixels)
+
+    def _infer(self, pixels: Tensor) -> DiagNormal:
+        """q(z|x) of pixels in [0, 1], (B, C, H, W)."""
+        x, stride = 2 * pixels.to(self.dtype) - 1, self.config.stride
         height, width = x.shape[-2:]
-        stride = self.config.stride
         if height % stride or width % stride:
             x = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
         h = self.encoder(x)
@@ -204,15 +216,17 @@ class ImageVAE(VAEModel):
             raise ValueError(f"latents: received shape {tuple(z.shape)}, expected {self.config.latent_dim} at dimension {-event}")
         flat, leading = fold_leading(z.to(self.dtype), event)
         h = self.from_latent(flat)
-        if self.config.spatial_latent:
-            height, width = (side * self.config.stride for side in z.shape[-2:])
-            if tuple(z.shape[-2:]) == self.config.bottom_size:
-                height, width = self.config.height_width
-        else:
+        if not self.config.spatial_latent:
             h = h.unflatten(1, (-1, *self.config.bottom_size))
-            height, width = self.config.height_width
+        height, width = self._picture_size(h)
         output = self.decoder(h)[..., :height, :width]
         return self.likelihood(output.unflatten(0, leading) if leading else output[0])
+
+    def _picture_size(self, bottom: Tensor) -> tuple[int, int]:
+        """(H, W) of the picture with this (*, h, w) at the bottom of the trunk."""
+        height, width = bottom.shape[-2:]
+        stride, configured = self.config.stride, (height, width) == self.config.bottom_size
+        return self.config.height_width if configured else (height * stride, width * stride)
 
     def target(self, pixel_values: Tensor) -> Tensor:
         """The pixels that p(x|z) scores: (B, C, H, W) float in [0, 1]."""
@@ -240,7 +254,9 @@ class ImageVAE(VAEModel):
         Arguments:
             pixel_values: (B, C, H, W), uint8 or float in [0, 1].
             return_loss: there for ``transformers.Trainer``; the loss is always returned.
+            kwargs: what transformers hands to every model and this one has no use for; any other name is a TypeError.
         """
+        refuse_unknown(self, kwargs)
         return self.bound({"pixel_values": pixel_values}, beta, num_samples, objective, noise_key, sample_posterior)
 
     def log_px(self, z: Tensor, q: Posterior, pixel_values: Tensor) -> dict[str, Tensor]:
@@ -249,6 +265,8 @@ class ImageVAE(VAEModel):
         return super().log_px(z, q, pixel_values=pixel_values)
 
     def _check(self, pixel_values: Tensor, any_size: bool = False) -> None:
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(f"pixel_values: received a {type(pixel_values).__name__}, expected a tensor")
         expected, shape, stride = (self.config.num_channels, *self.config.height_width), tuple(pixel_values.shape), self.config.stride
         if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values: received {pixel_values.dtype}, expected torch.uint8, or floating point in [0, 1]")
@@ -256,25 +274,28 @@ class ImageVAE(VAEModel):
         if len(shape) != 4 or not (shape[1:] == expected or (any_size and divides)):
             other = f", or sides that {stride} divides" if any_size else ""
             raise ValueError(f"pixel_values: received shape {shape}, expected (batch, {', '.join(map(str, expected))}){other}")
+        if pixel_values.is_floating_point() and pixel_values.is_cpu and pixel_values.numel() and not torch.compiler.is_compiling():
+            low, high = (float(bound) for bound in pixel_values.aminmax())
+            if not (low >= -1e-3 and high <= 1 + 1e-3):  # rounding is forgiven, NaN is not
+                raise ValueError(f"pixel_values: received values from {low} to {high}, expected floats in [0, 1] or torch.uint8")
 
     def encode_tiled(self, pixel_values: Tensor, tile_size: int = 64) -> DiagNormal:
         """:meth:`encode` of a large picture with a spatial latent, tile by tile with overlap, in memory that depends on the tile.
 
         Exact for norm "none" and, in evaluation mode, "batch": the overlap covers the receptive field. GroupNorm sees the tile instead of
-        the picture; compare with :meth:`encode` to know the deviation.
+        the picture; compare with :meth:`encode` to know the deviation. Adds no input noise.
 
         Arguments:
-            pixel_values: (B, C, H, W), sides multiples of the stride.
+            pixel_values: (B, C, H, W), of the configured size or with sides that the stride divides.
             tile_size: of a tile's core, in latent pixels.
         """
         stride = self.config.stride
         self._check(pixel_values, any_size=True)
-        if any(side % stride for side in pixel_values.shape[-2:]):
-            raise ValueError(f"pixel_values: received shape {tuple(pixel_values.shape)}, expected sides that {stride} divides")
-        size = tuple(side // stride for side in pixel_values.shape[-2:])
+        size = tuple(-(-side // stride) for side in pixel_values.shape[-2:])
         loc, logvar = (torch.empty(len(pixel_values), self.config.latent_dim, *size, device=pixel_values.device) for _ in range(2))
-        for core, halo, inner in self._tiles(size, tile_size):
-            q = self.encode(pixel_values=pixel_values[..., _scaled(halo[0], stride), _scaled(halo[1], stride)])
+        for core, halo, inner in self._tiles(size, tile_size):  # only tiles at the right and bottom are padded, just as the whole is
+            tile = pixel_values[..., _scaled(halo[0], stride), _scaled(halo[1], stride)]
+            q = self._infer(self.target(pixel_values=tile))
             loc[..., core[0], core[1]], logvar[..., core[0], core[1]] = (v[..., inner[0], inner[1]] for v in (q.loc, q.logvar))
         return DiagNormal(loc, logvar, 3)
 
@@ -283,12 +304,13 @@ class ImageVAE(VAEModel):
         stride, size = self.config.stride, tuple(z.shape[-2:])
         pixels = torch.empty(len(z), self.config.num_channels, *(side * stride for side in size), device=z.device)
         for core, halo, inner in self._tiles(size, tile_size):
-            # decoded without the likelihood's cut to the configured size, which a tile may happen to have
+            # decoded without the cut to the configured size, which a tile may happen to have
             tile = self.likelihood(self.decoder(self.from_latent(z[..., halo[0], halo[1]].to(self.dtype)))).mean.float().clamp(0, 1)
             pixels[..., _scaled(core[0], stride), _scaled(core[1], stride)] = tile[
                 ..., _scaled(inner[0], stride), _scaled(inner[1], stride)
             ]
-        return pixels
+        height, width = self._picture_size(z)
+        return pixels[..., :height, :width]
 
     def _tiles(self, size: tuple[int, ...], tile: int) -> list[tuple[tuple[slice, ...], tuple[slice, ...], tuple[slice, ...]]]:
         """Core, core with halo, and the core inside its halo, in latent pixels, for every tile."""

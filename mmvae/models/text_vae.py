@@ -3,7 +3,7 @@ r"""A sentence VAE: GRU encoder, GRU decoder that is fed the latent as its initi
     q(z|x) = N(mu(s), sigma^2(s)),  s the encoder's summary;    p(x|z) = prod_t softmax(W h_t + b)_{x_t},
     h_0 = tanh(U z),  h_t = GRU([e(x_{t-1}); z], h_{t-1})
 
-A row is BOS ... EOS; EOS is scored, BOS is not, padding never. Losses are sums over a row's tokens, in nats.
+A row is BOS ... EOS, padded at either side; EOS is scored, BOS is not, padding never. Losses are sums over a row's tokens, in nats.
 Shapes: ``B`` batch, ``T`` tokens with BOS, ``D`` latent, ``H`` hidden, ``V`` vocabulary.
 
 References:
@@ -19,8 +19,9 @@ from transformers import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
 from mmvae.distributions import Autoregressive, DiagNormal
-from mmvae.models.base import VAEConfig, VAEModel, VAEOutput
-from mmvae.nn import GRUDecoder, GRUEncoder, fold_leading, linear_cross_entropy
+from mmvae.models.base import VAEModel, VAEOutput
+from mmvae.models.configuration import VAEConfig, refuse_unknown
+from mmvae.nn import GRUDecoder, GRUEncoder, fold_leading, linear_cross_entropy, right_padded
 from mmvae.objectives import Objective
 
 
@@ -40,7 +41,7 @@ class TextVAEConfig(VAEConfig):
         word_dropout: share of the decoder's input words that training replaces by ``unk_token_id``.
         tie_word_embeddings: the output layer's weights are the decoder's embedding.
         share_embeddings: the encoder reads the decoder's embedding.
-        pad_token_id, bos_token_id, eos_token_id, unk_token_id: as the tokenizer has them.
+        pad_token_id, bos_token_id, eos_token_id, unk_token_id: as the tokenizer has them; where pad is BOS or EOS too (GPT-2), give masks.
     """
 
     model_type = "text_vae"
@@ -185,7 +186,7 @@ class TextVAE(VAEModel, GenerationMixin):
         """q(z|x).
 
         Arguments:
-            input_ids: (B, T) int64, BOS ... EOS, padded at the right.
+            input_ids: (B, T) int64, BOS ... EOS, padded at either side.
             attention_mask: (B, T), 1 on real tokens; made from ``pad_token_id`` when None.
             inputs_embeds: (B, T, E) instead of ``input_ids``.
 
@@ -193,16 +194,16 @@ class TextVAE(VAEModel, GenerationMixin):
             DiagNormal of batch (B,) and event (D,). A row without a real token counts as one padding token.
 
         Raises:
-            ValueError: for ids of another shape than (B, T).
+            TypeError: for ids or a mask that are not tensors.
+            ValueError: for ids of another shape than (B, T), a mask of another shape than theirs, or none where padding is BOS or EOS.
         """
         if inputs_embeds is None:
-            self._check(input_ids)
-            embed = self.decoder.embed_tokens if self.encoder_embedding is None else self.encoder_embedding
-            inputs_embeds = embed(input_ids)
-            attention_mask = self._mask(input_ids, attention_mask)
-        size = inputs_embeds.shape[:2]
-        lengths = torch.full(size[:1], size[1], device=inputs_embeds.device) if attention_mask is None else attention_mask.sum(1)
-        summary = self.encoder(self.encoder_dropout(inputs_embeds), lengths.clamp_min(1))[1]
+            input_ids, real = self._sentences(input_ids, attention_mask)
+            inputs_embeds = (self.decoder.embed_tokens if self.encoder_embedding is None else self.encoder_embedding)(input_ids)
+        else:
+            mask = inputs_embeds.new_ones(inputs_embeds.shape[:2]) if attention_mask is None else attention_mask
+            inputs_embeds, real = right_padded(inputs_embeds, mask)
+        summary = self.encoder(self.encoder_dropout(inputs_embeds), real.sum(1).clamp_min(1))[1]
         return DiagNormal(*self.to_moments(summary).chunk(2, -1))
 
     def decode(self, z: Tensor) -> Autoregressive:
@@ -218,9 +219,9 @@ class TextVAE(VAEModel, GenerationMixin):
         return Autoregressive(lambda target: self._token_log_prob(z, target), z.shape[:-1])
 
     def target(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """What is scored: the tokens after BOS, (B, T - 1) int64, padding -100."""
-        mask = self._mask(input_ids, attention_mask)
-        return input_ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        """What is scored: the tokens after BOS, (B, T - 1) int64, padding at the right and -100."""
+        input_ids, real = self._sentences(input_ids, attention_mask)
+        return input_ids[:, 1:].masked_fill(~real[:, 1:], -100)
 
     def _token_log_prob(self, z: Tensor, target: Tensor) -> Tensor:
         """(*, B, T) nats, 0 where the target is -100."""
@@ -258,12 +259,14 @@ class TextVAE(VAEModel, GenerationMixin):
         """Minus the objective, and what it is made of; see :meth:`VAE.bound`. With ``latents``: the logits of the next tokens instead.
 
         Arguments:
-            input_ids: (B, T) int64, BOS ... EOS, padded at the right.
+            input_ids: (B, T) int64, BOS ... EOS, padded at either side.
             attention_mask: (B, T), 1 on real tokens; made from ``pad_token_id`` when None.
             latents: (B, D); then ``input_ids`` is a prefix and the output holds ``logits`` (B, T, V).
             past_key_values, use_cache: the decoder's state while generating.
             return_loss: there for ``transformers.Trainer``; the loss is always returned.
+            kwargs: what transformers hands to every model and this one has no use for; any other name is a TypeError.
         """
+        refuse_unknown(self, kwargs)
         if latents is not None:
             self._check_latents(latents)
             self._check(input_ids)
@@ -321,10 +324,23 @@ class TextVAE(VAEModel, GenerationMixin):
         """Sentences as token ids; see :meth:`generate`."""
         return self.generate(latents=z, **options)
 
-    def _mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        return (input_ids != self.config.pad_token_id).long() if attention_mask is None else attention_mask
+    def _sentences(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Ids (B, T) with their padding moved to the right, and where they are real, (B, T) bool."""
+        self._check(input_ids)
+        pad, shape = self.config.pad_token_id, tuple(input_ids.shape)
+        if attention_mask is None:
+            if pad in (self.config.bos_token_id, self.config.eos_token_id):
+                raise ValueError(f"attention_mask: received None, expected a mask since pad_token_id {pad} is also BOS or EOS")
+            return right_padded(input_ids, input_ids != pad)
+        if not isinstance(attention_mask, Tensor):
+            raise TypeError(f"attention_mask: received a {type(attention_mask).__name__}, expected a tensor")
+        if attention_mask.shape != shape:
+            raise ValueError(f"attention_mask: received shape {tuple(attention_mask.shape)}, expected {shape}")
+        return right_padded(input_ids, attention_mask)
 
     def _check(self, input_ids: Tensor) -> None:
+        if input_ids is not None and not isinstance(input_ids, Tensor):
+            raise TypeError(f"input_ids: received a {type(input_ids).__name__}, expected a tensor")
         if input_ids is None or input_ids.dim() != 2 or not input_ids.shape[1]:
             shape = None if input_ids is None else tuple(input_ids.shape)
             raise ValueError(f"input_ids: received shape {shape}, expected (batch, tokens) with at least one token")
