@@ -49,7 +49,8 @@ def binarization(mode: str) -> Transform | None:
 
 def model_inputs(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of a batch that the model takes."""
-    names = unwrap(model).input_names
+    inner = unwrap(model)
+    names = (*inner.input_names, *inner.condition_names)
     return {name: value for name, value in batch.items() if name in names}
 
 
@@ -144,7 +145,7 @@ def evaluate_vae(
 
     Returns:
         Also ``nll_nats`` per row; for text ``perplexity`` :math:`e^{\mathrm{nll} / \mathrm{tokens}}` and ``perplexity_elbo``; for 8-bit
-        pictures with a discretized likelihood ``bits_per_dim``.
+        pictures with a discretized likelihood, and without ``transform``, ``bits_per_dim``.
     """
     figures = evaluate_elbo(accelerator, model, loader, seed=seed, transform=transform, detailed=True)
     inner = unwrap(model)
@@ -162,7 +163,7 @@ def evaluate_vae(
         figures["perplexity_elbo"] = perplexity(figures["neg_elbo_nats"], figures["tokens"])
         if num_samples:
             figures["perplexity"] = perplexity(figures["nll_nats"], figures["tokens"])
-    elif getattr(inner.config, "likelihood", None) == "discretized_logistic":
+    elif transform is None and getattr(inner.config, "likelihood", None) == "discretized_logistic":
         dims = math.prod(inner.config.height_width) * inner.config.num_channels
         figures["bits_per_dim"] = bits_per_dim(figures.get("nll_nats", figures["neg_elbo_nats"]), dims)
     return figures

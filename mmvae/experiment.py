@@ -1,143 +1,45 @@
-"""What the recipes share: options, the VAE's training step, and what is left when a run is over.
+"""What the recipes share: the VAE's training step, and what is left when a run is over.
 
 ``parse`` -> ``start`` -> the recipe builds data and model -> ``train`` -> ``finish``
 """
 
 import contextlib
-import difflib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import HfArgumentParser, PreTrainedModel, SchedulerType, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from mmvae.evaluation import Transform, evaluate_elbo, evaluate_vae, model_inputs
-from mmvae.hub import check_repo_id, push, write_card, write_metrics
+from mmvae.hub import push, write_card, write_metrics
 from mmvae.noise import fold
 from mmvae.objectives import OBJECTIVES
 from mmvae.optimization import EMA, unwrap, update
+from mmvae.options import RunArguments, parse
 from mmvae.pictures import curves
 from mmvae.record import public
 from mmvae.schedules import SCHEDULES
 from mmvae.training import Result, fit, load_weights
 
+__all__ = ["RunArguments", "finish", "parse", "precision", "start", "track", "train", "vae_step"]
+
 logger = logging.getLogger(__name__)
-
-LR_SCHEDULES = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}  # these step on a metric, not on a step
-
-
-@dataclass
-class RunArguments:
-    """Options of every recipe. Options that take options are JSON on the command line and mappings in a config file."""
-
-    dataset: str = field(default="sprites:5", metadata={"help": "Hub id, local folder or file, or sprites:LEVEL (built in)"})
-    output_dir: str = field(default="outputs/run", metadata={"help": "the model folder; checkpoints/ lies inside"})
-    streaming: bool = field(default=False, metadata={"help": "read rows as they are needed: sets larger than memory or disk"})
-    max_length: int = field(default=512, metadata={"help": "most tokens in a row, BOS and EOS included"})
-    truncate: bool = field(default=False, metadata={"help": "cut longer rows instead of refusing them"})
-    num_workers: int = field(default=0, metadata={"help": "processes that decode pictures which do not fit in memory"})
-    seed: int = 0
-    batch_size: int = field(default=128, metadata={"help": "rows of one optimizer step over all processes and accumulation steps"})
-    accumulation: int = field(default=1, metadata={"help": "micro-batches that a step is split into, to save memory"})
-    num_epochs: int | None = None
-    max_steps: int | None = field(default=None, metadata={"help": "optimizer steps; wins over num_epochs"})
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    adam_beta2: float = 0.999
-    lr_schedule: str = field(default="constant_with_warmup", metadata={"help": "a name that transformers.get_scheduler knows"})
-    lr_options: str = field(default="{}", metadata={"help": "its scheduler_specific_kwargs"})
-    warmup_steps: int = 100
-    max_grad_norm: float | None = 100.0
-    ema_decay: float = field(default=0.0, metadata={"help": "average the weights; the average is evaluated and saved; 0 is off"})
-    mixed_precision: str = field(default="auto", metadata={"help": "no, bf16, fp16, or auto: bf16 where the hardware has it"})
-    compile: bool = field(default=False, metadata={"help": "torch.compile the model's trunks"})
-    kl_schedule: str = field(default="linear", metadata={"help": "constant, linear, sigmoid or cyclical, in optimizer steps"})
-    kl_options: str = field(default='{"steps": 500}', metadata={"help": "its arguments"})
-    objective: str = field(default="elbo", metadata={"help": "elbo, iwae or dreg"})
-    objective_options: str = field(default="{}", metadata={"help": 'for example {"free_bits": 0.1}'})
-    num_samples: int = field(default=1, metadata={"help": "posterior samples per row in training"})
-    eval_every: int | None = field(default=None, metadata={"help": "steps between validations; by default an epoch"})
-    patience: int | None = field(default=None, metadata={"help": "validations without improvement after which training stops"})
-    importance_samples: int = field(default=100, metadata={"help": "per row, for the final log-likelihood; 0 leaves it out"})
-    log_every: int = 50
-    save_every: int = 500
-    keep: int = field(default=2, metadata={"help": "checkpoints kept besides the best"})
-    resume: str = field(default="auto", metadata={"help": "auto, never, or the path of a checkpoint"})
-    tracker: str | None = field(default=None, metadata={"help": "tensorboard, trackio or wandb"})
-    push_to_hub: bool = False
-    hub_model_id: str | None = None
-    hub_private: bool = False
-    hub_token: str | None = field(default=None, metadata={"help": "by default that of `hf auth login` or HF_TOKEN"})
-
-    def __post_init__(self) -> None:
-        for name in ("lr_options", "kl_options", "objective_options"):
-            value = getattr(self, name)
-            setattr(self, name, json.loads(value) if isinstance(value, str) else dict(value))
-        for name, table in (("kl_schedule", SCHEDULES), ("objective", OBJECTIVES), ("lr_schedule", LR_SCHEDULES)):
-            if getattr(self, name) not in table:
-                raise ValueError(f"{name}: received {getattr(self, name)!r}, expected one of {sorted(table)}")
-        if self.num_epochs is None and self.max_steps is None:
-            raise ValueError("num_epochs and max_steps: received neither, expected one of them")
-        if self.push_to_hub and self.hub_model_id is None:
-            self.hub_model_id = Path(self.output_dir).name
-        if self.hub_model_id is not None:
-            check_repo_id(self.hub_model_id)
-
 
 # Options that may differ when a run goes on: they change where and how it runs, not what it computes.
 _FREE = {
     "accumulation", "compile", "eval_every", "hub_model_id", "hub_private", "hub_token", "importance_samples", "keep", "log_every",
     "num_workers", "output_dir", "push_to_hub", "resume", "save_every", "streaming", "tracker",
 }  # fmt: skip
-
-
 _PLACES = ("dataset", "output_dir")  # may be paths of this machine; the data set's name is told by itself
-
-
-def parse(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Options from ``--config file.yaml`` and the command line, which wins.
-
-    Arguments:
-        types: dataclasses.
-        argv: the command line; that of the process when None.
-
-    Returns:
-        One instance of each type.
-
-    Raises:
-        ValueError: an option that no type has, naming the nearest one.
-    """
-    argv, parser = list(sys.argv[1:] if argv is None else argv), HfArgumentParser(types)
-    parser.add_argument("--config", help="YAML file of options; the command line wins")
-    known = [f.name for kind in types for f in fields(kind)]
-    path = parser.parse_known_args(argv)[0].config
-    if path is not None:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        if not isinstance(options, dict):
-            raise ValueError(f"{path}: received {type(options).__name__}, expected a mapping of options to values")
-        for name in options:
-            if name not in known:
-                raise ValueError(f"{path}: unknown option {name!r}; the nearest one is {_nearest(name, known)!r}")
-        parser.set_defaults(**options)
-    *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if rest:
-        name = rest[0].partition("=")[0]
-        raise ValueError(f"unknown option {name!r}; the nearest one is {'--' + _nearest(name.lstrip('-'), known)!r}")
-    return tuple(parsed[: len(types)])
-
-
-def _nearest(name: object, known: Sequence[str]) -> str:
-    return difflib.get_close_matches(str(name), known, 1, 0.0)[0]
 
 
 def precision(wanted: str) -> str:
@@ -237,7 +139,7 @@ def train(
             trunk.compile()  # in place: the keys of the state stay as they are
     if args.max_steps is None and loaders["train"].num_rows is None:
         raise ValueError("max_steps: received None with streaming, expected a number: how many steps an epoch of a stream has is not known")
-    steps = args.max_steps or args.num_epochs * len(loaders["train"])
+    steps = args.num_epochs * len(loaders["train"]) if args.max_steps is None else args.max_steps
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -256,13 +158,17 @@ def train(
                 unwrap(prepared).eval()
                 track(accelerator, show(unwrap(prepared), step), step)
                 unwrap(prepared).train()
-        if figures["active_units"] == 0 and accelerator.is_main_process:
+        annealed = beta(scheduler.last_epoch - 1) >= 0.99 * beta(steps - 1)  # before that, an unused latent may still come into use
+        if figures["active_units"] == 0 and annealed and accelerator.is_main_process:
             logger.warning(
-                "posterior collapse: no latent unit is active (KL %.3f nats); try free bits, a slower kl_schedule or more word dropout",
+                "posterior collapse at step %d: no latent unit is active (KL %.3f nats); try free bits, a slower kl_schedule or more "
+                "word dropout",
+                scheduler.last_epoch,
                 figures["kl_nats"],
             )
         return figures
 
+    beta = SCHEDULES[args.kl_schedule](**args.kl_options)
     step = vae_step(accelerator, prepared, args, transform, optimizer=optimizer, scheduler=scheduler, ema=ema)
     options = {name: value for name, value in asdict(args).items() if name not in _FREE} | {"mixed_precision": accelerator.mixed_precision}
     model.train()
@@ -318,6 +224,7 @@ def finish(
         curves([{k: v for k, v in line.items() if k != "epoch"} for line in result.history], folder / "figures" / "curves.png")
         sentences = draw(model, folder / "figures") if draw else {}
         told = {name: value for name, value in asdict(args).items() if not name.startswith("hub_") and name not in _PLACES}
+        told |= {"mixed_precision": accelerator.mixed_precision}  # what "auto" became
         options = {"best_step": result.best_step, "parameters": model.num_parameters()} | told
         record = {"seconds": result.seconds, "dataset": args.dataset, "split": split, "hyperparameters": options}
         write_metrics(folder, figures, **record, argv=[_without_place(word) for word in sys.argv])

@@ -7,6 +7,7 @@
 Start the same command again after a stop and it goes on where it was. Results so far: see the configs.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,9 +75,28 @@ def walks(model: ImageVAE, start: Tensor, units: int = 8, steps: int = 9) -> tup
     return model.render(z).unflatten(0, (-1, steps)), [f"z{unit}" for unit in chosen.tolist()]
 
 
+def refuse_grey(likelihood: str, binarize: str, loaders: Mapping[str, Loader]) -> None:
+    """A Bernoulli gives probabilities to pixels of 0 and 1 only: what it gives to grey ones is no likelihood.
+
+    Raises:
+        ValueError: for grey pixels in a first batch, naming the split.
+    """
+    if likelihood != "bernoulli" or binarize != "none":
+        return
+    for split, loader in loaders.items():
+        pixels = next(loader.batches(0))["pixel_values"]
+        grey = pixels[(pixels != 0) & (pixels != 255)]
+        if len(grey):
+            raise ValueError(
+                f"binarize: received 'none' with likelihood 'bernoulli' and a pixel of {grey[0].item()} in split {split!r}, expected 0 and "
+                "255 only: choose --binarize dynamic or threshold, or another likelihood"
+            )
+
+
 def main() -> None:
     """Load, train, evaluate, write the model folder."""
     args, image = parse(ImageRun, ImageArguments)
+    args.suit_prior(image.prior, image.latent_dim)
     accelerator = start(args)
     data = splits(args.dataset, streaming=args.streaming)
     name = find_column(data["train"], "image", image.image_column)
@@ -87,11 +107,13 @@ def main() -> None:
         training = split == "train"
         column = ImageColumn(name, image.image_size, image.num_channels, augmentation=augmentation if training else Augmentation())
         loaders[split] = Loader(Rows(part, column, name=args.dataset), args.batch_size, shuffle=training, **place)
+    refuse_grey(image.likelihood, image.binarize, loaders)
 
     options = {key: value for key, value in vars(image).items() if key not in (*AUGMENTATION, "image_column")}
     torch.manual_seed(args.seed)
     model = ImageVAE(ImageVAEConfig(**options)).to(memory_format=torch.channels_last)
-    processor = ImageVAEImageProcessor(size={"height": image.image_size, "width": image.image_size}, num_channels=image.num_channels)
+    size = dict(zip(("height", "width"), column.image_size, strict=True))
+    processor = ImageVAEImageProcessor(size=size, num_channels=column.num_channels, background=column.background, resize_mode=column.resize)
     transform = binarization(image.binarize)
 
     def show(model: ImageVAE, step: int) -> dict[str, Tensor]:

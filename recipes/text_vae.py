@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mmvae import TextVAE, TextVAEConfig
-from mmvae.data import Loader, Rows, TextColumn, find_column, splits
+from mmvae.data import Loader, Rows, TextColumn, find_column, splits, texts_of
 from mmvae.experiment import RunArguments, finish, parse, start, train
 from mmvae.pictures import table
 from mmvae.processing import decode_text, load_tokenizer, train_tokenizer
@@ -52,16 +52,21 @@ class TextRun(RunArguments):
     kl_options: str = '{"steps": 150, "start": 0.01, "delay": 150}'
     objective_options: str = '{"free_bits": 0.25}'
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile:
+            raise ValueError("compile: received True, expected False: a GRU is one kernel already, and every length would be compiled anew")
+
 
 def main() -> None:
     """Load, train, evaluate, write the model folder."""
     args, text = parse(TextRun, TextArguments)
+    args.suit_prior(text.prior, text.latent_dim)
     accelerator = start(args)
     data = splits(args.dataset, streaming=args.streaming)
     column = find_column(data["train"], "text", text.text_column)
     if text.tokenizer in ("whitespace", "bpe"):
-        words = (row[column] for row in data["train"].select_columns([column]))
-        tokenizer = train_tokenizer(words, text.tokenizer, text.vocab_size)
+        tokenizer = train_tokenizer(texts_of(data["train"], column, args.dataset), text.tokenizer, text.vocab_size)
     else:
         tokenizer = load_tokenizer(text.tokenizer)
     columns = TextColumn(column, tokenizer, args.max_length, args.truncate)

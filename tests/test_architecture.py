@@ -18,7 +18,7 @@ FLOORS = [
     {"nn"},
     {"models"},
     {"data", "processing", "pictures"},
-    {"tree", "checkpoint", "snapshot", "optimization", "loop", "training", "evaluation", "experiment", "record", "hub"},
+    {"tree", "checkpoint", "snapshot", "optimization", "loop", "training", "evaluation", "experiment", "record", "hub", "options"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FILES = sorted((ROOT / "mmvae").rglob("*.py"))

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from mmvae import ImageVAE, ImageVAEConfig, TextVAE, TextVAEConfig
 from mmvae.data import ImageColumn, Loader, Rows, TextColumn
-from mmvae.evaluation import binarization, evaluate_elbo, evaluate_vae
+from mmvae.evaluation import binarization, evaluate_elbo, evaluate_vae, model_inputs
 from mmvae.noise import fold
 from mmvae.processing import train_tokenizer
 
@@ -97,6 +97,22 @@ def test_bits_per_dim_are_told_of_a_discretized_likelihood_only():
         assert {"psnr_db", "ssim"} <= set(figures) and "tokens" not in figures
         if told:
             assert figures["bits_per_dim"] == pytest.approx(figures["nll_nats"] / (16 * 16 * math.log(2)))
+
+
+def test_bits_per_dim_are_not_told_of_binarised_pixels():
+    model, loader = model_of("image", likelihood="discretized_logistic"), Loader(rows_of("image"), 8)
+    assert "bits_per_dim" not in evaluate_vae(Accelerator(cpu=True), model, loader, num_samples=2, transform=binarization("dynamic"))
+
+
+def test_inputs_are_those_that_are_encoded_and_those_that_are_conditioned_on():
+    class Conditional(TextVAE):
+        input_names = ("input_ids", "present")
+        condition_names = ("labels",)
+
+    model = Conditional(TextVAEConfig(vocab_size=9, hidden_size=4, embedding_size=4, latent_dim=2))
+    batch = {name: torch.zeros(2) for name in ("row", "row_weight", "input_ids", "present", "labels", "num_rows")}
+    assert set(model_inputs(model, batch)) == {"input_ids", "present", "labels"}
+    assert set(model_inputs(model_of("text"), batch)) == {"input_ids"}
 
 
 @pytest.mark.parametrize(("kind", "scale", "active"), [("text", 0, 0), ("image", 0, 0), ("image", 50, 3)])

@@ -54,12 +54,63 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         ("lr_schedule: reduce_lr_on_plateau", [], "lr_schedule: received 'reduce_lr_on_plateau', expected one of"),
         ("num_epochs: null", [], "num_epochs and max_steps: received neither"),
         ("push_to_hub: true\nhub_model_id: a/b/c", [], "repo_id: got 'a/b/c'"),
+        ("", ["--max_steps", "0"], "max_steps: received 0, expected at least 1"),
+        ("num_epochs: 0", [], "num_epochs: received 0, expected at least 1"),
+        *(
+            (f"{name}: 0", [], f"{name}: received 0, expected at least 1")
+            for name in ("batch_size", "accumulation", "log_every", "save_every", "keep", "num_samples", "eval_every")
+        ),
+        ("importance_samples: -1", [], "importance_samples: received -1, expected at least 0"),
+        ("", ["--kl_options", "steps=3"], "kl_options: received 'steps=3', expected a mapping, for example"),
+        ("kl_options: [3]", [], r"kl_options: received \[3\], expected a mapping"),
+        ("", ["--kl_options", '{"stepz": 3}'], r"kl_options: received {'stepz': 3}, expected parameters of linear, \['steps', 'start', "),
+        ("kl_options: {steps: -3}", [], "steps: received -3, expected a finite number above 0"),
+        ("kl_schedule: cyclical", [], r"kl_options: received {}, expected parameters of cyclical, \['period', .*missing .*'period'"),
+        (
+            "objective_options: {free_bit: 3}",
+            [],
+            r"expected parameters of elbo, \['free_bits', 'free_bits_per'.*got an unexpected .*'free_bit'",
+        ),
+        (
+            "objective: iwae\nobjective_options: {free_bits: 3}",
+            [],
+            r"objective_options: received {'free_bits': 3}, expected parameters of iwae",
+        ),
     ],
 )
 def test_wrong_options_are_refused_by_name(tmp_path, text, argv, message):
     (tmp_path / "run.yaml").write_text(f"num_epochs: 1\n{text}" if ":" in text or not text else text)
     with pytest.raises(ValueError, match=message):
         parse(RunArguments, Options, argv=["--config", str(tmp_path / "run.yaml"), *argv])
+
+
+@dataclass
+class FreeBits(RunArguments):
+    num_epochs: int | None = 1
+    objective_options: str = '{"free_bits": 0.25}'
+
+
+def test_default_options_of_one_function_are_not_handed_to_another():
+    assert FreeBits(kl_schedule="constant").kl_options == {}
+    assert FreeBits(kl_schedule="constant", kl_options={"weight": 0.5}).kl_options == {"weight": 0.5}
+    assert FreeBits(kl_schedule="cyclical", kl_options='{"period": 9}').kl_options == {"period": 9}
+    assert FreeBits(objective="iwae").objective_options == FreeBits(objective="dreg").objective_options == {}
+    assert FreeBits().objective_options == {"free_bits": 0.25}
+
+
+@pytest.mark.parametrize("prior", ["mixture", "vamp"])
+def test_free_bits_suit_the_prior(prior):
+    args = FreeBits()
+    args.suit_prior("standard_normal", 8)
+    assert args.objective_options == {"free_bits": 0.25}
+    args.suit_prior(prior, 8)
+    assert args.objective_options == {"free_bits": 2.0, "free_bits_per": "row"}
+    per_row = {"free_bits": 3.0, "free_bits_per": "row"}
+    asked = FreeBits(objective_options=per_row)
+    asked.suit_prior(prior, 8)
+    assert asked.objective_options == per_row
+    with pytest.raises(ValueError, match=f"objective_options: received {{'free_bits': 0.1}} with prior '{prior}', expected free_bits_per"):
+        FreeBits(objective_options={"free_bits": 0.1}).suit_prior(prior, 8)
 
 
 def test_precision(monkeypatch):
@@ -131,7 +182,18 @@ def test_posterior_collapse_is_named(tmp_path, caplog, collapsed):
         model.to_moments.weight.requires_grad_(not collapsed)
     with caplog.at_level(logging.WARNING):
         train(accelerator, args, model, loaders)
-    assert ("posterior collapse: no latent unit is active (KL" in caplog.text) == collapsed
+    assert ("posterior collapse at step 3: no latent unit is active (KL" in caplog.text) == collapsed
+
+
+def test_posterior_collapse_is_not_told_while_the_weight_still_rises(tmp_path, caplog):
+    accelerator, args, model, loaders = make(tmp_path, num_epochs=3, kl_options={"steps": 5})
+    with torch.no_grad():
+        model.to_moments.weight.mul_(0)
+        model.to_moments.weight.requires_grad_(False)
+    with caplog.at_level(logging.WARNING):
+        train(accelerator, args, model, loaders)
+    told = [record.getMessage() for record in caplog.records if "posterior collapse" in record.getMessage()]
+    assert ["at step 6" in message or "at step 9" in message for message in told] == [True, True]
 
 
 def test_a_stream_needs_a_number_of_steps(tmp_path):

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from recipe_runs import IMAGE, IMAGE_ALL, TEXT, TEXT_ALL, end, pictures, run, sentences
+from recipe_runs import IMAGE, IMAGE_ALL, TEXT, TEXT_ALL, end, pictures, recipe, run, sentences
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
@@ -109,6 +110,7 @@ def test_accelerate_launch_with_a_config_file_and_overrides(launched, data):
     assert (config["hidden_size"], config["embedding_size"]) == (16, 16)
     assert record["command"].startswith("accelerate launch recipes/text_vae.py --config tiny.yaml --dataset words --output_dir run")
     assert (record["dataset"], record["split"], record["hyperparameters"]["lr_schedule"]) == ("words", "test", "cosine")
+    assert record["hyperparameters"]["mixed_precision"] in ("no", "bf16")  # what "auto" became
     assert "Traceback" not in output
     assert "Warning" not in output
 
@@ -205,12 +207,33 @@ def test_trackers_get_figures_pictures_and_sentences(finished):
         ("image_vae", ["--horizontal_flip", "2"], "horizontal_flip is a probability"),
         ("text_vae", ["--max_length", "4"], r"row \d+, field 'text': got \d+ tokens, expected at most 4"),
         ("image_vae", ["--streaming"], "max_steps: received None with streaming, expected a number"),
+        ("image_vae", ["--likelihood", "bernoulli"], "binarize: received 'none' with likelihood 'bernoulli' and a pixel of .*--binarize"),
+        ("text_vae", ["--compile"], "compile: received True, expected False: a GRU"),
+        ("text_vae", ["--prior", "vamp", "--objective_options", '{"free_bits": 1}'], "with prior 'vamp', expected free_bits_per 'row' or"),
     ],
 )
 def test_wrong_options_are_named(data, tmp_path, name, options, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         run(name, ["--dataset", data[name], "--output_dir", str(tmp_path), "--mixed_precision", "no", *options])
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("option", [["--prior", "mixture"], ["--prior", "vamp"], ["--objective", "iwae"], ["--kl_schedule", "constant"]])
+def test_one_option_may_change_and_the_others_stay_as_they_are(data, tmp_path, option):
+    small = ["--hidden_size", "16", "--embedding_size", "16", "--max_steps", "1", "--prior_components", "3", "--mixed_precision", "no"]
+    options = ["--dataset", data["text_vae"], "--output_dir", str(tmp_path), *small, *option]
+    assert len(run("text_vae", options, whole=False)["history"]) > 0
+
+
+def test_a_bernoulli_takes_pixels_of_0_and_255(data):
+    refuse = recipe("image_vae").refuse_grey
+    white = [{"pixel_values": torch.tensor([[0, 255]], dtype=torch.uint8)}]
+    grey = [{"pixel_values": torch.tensor([[0, 254]], dtype=torch.uint8)}]
+    loaders = {split: SimpleNamespace(batches=lambda epoch, rows=rows: iter(rows)) for split, rows in (("train", white), ("test", grey))}
+    refuse("bernoulli", "none", {"train": loaders["train"]})
+    refuse("bernoulli", "dynamic", loaders), refuse("continuous_bernoulli", "none", loaders)
+    with pytest.raises(ValueError, match="a pixel of 254 in split 'test'"):
+        refuse("bernoulli", "none", loaders)
 
 
 def test_a_missing_split_lists_the_splits(finished, data, tmp_path):

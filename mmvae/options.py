@@ -1,0 +1,159 @@
+"""Options of the recipes: checked when they are made, before any data is read; from a YAML file and the command line."""
+
+import contextlib
+import difflib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, SchedulerType
+
+from mmvae.hub import check_repo_id
+from mmvae.objectives import OBJECTIVES
+from mmvae.schedules import SCHEDULES
+
+LR_SCHEDULES = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}  # these step on a metric, not on a step
+
+
+@dataclass
+class RunArguments:
+    """Options of every recipe. Options that take options are JSON on the command line and mappings in a config file."""
+
+    dataset: str = field(default="sprites:5", metadata={"help": "Hub id, local folder or file, or sprites:LEVEL (built in)"})
+    output_dir: str = field(default="outputs/run", metadata={"help": "the model folder; checkpoints/ lies inside"})
+    streaming: bool = field(default=False, metadata={"help": "read rows as they are needed: sets larger than memory or disk"})
+    max_length: int = field(default=512, metadata={"help": "most tokens in a row, BOS and EOS included"})
+    truncate: bool = field(default=False, metadata={"help": "cut longer rows instead of refusing them"})
+    num_workers: int = field(default=0, metadata={"help": "processes that decode pictures which do not fit in memory"})
+    seed: int = 0
+    batch_size: int = field(default=128, metadata={"help": "rows of one optimizer step over all processes and accumulation steps"})
+    accumulation: int = field(default=1, metadata={"help": "micro-batches that a step is split into, to save memory"})
+    num_epochs: int | None = None
+    max_steps: int | None = field(default=None, metadata={"help": "optimizer steps; wins over num_epochs"})
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.999
+    lr_schedule: str = field(default="constant_with_warmup", metadata={"help": "a name that transformers.get_scheduler knows"})
+    lr_options: str = field(default="{}", metadata={"help": "its scheduler_specific_kwargs"})
+    warmup_steps: int = 100
+    max_grad_norm: float | None = 100.0
+    ema_decay: float = field(default=0.0, metadata={"help": "average the weights; the average is evaluated and saved; 0 is off"})
+    mixed_precision: str = field(default="auto", metadata={"help": "no, bf16, fp16, or auto: bf16 where the hardware has it"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the model's trunks"})
+    kl_schedule: str = field(default="linear", metadata={"help": "constant, linear, sigmoid or cyclical, in optimizer steps"})
+    kl_options: str = field(default='{"steps": 500}', metadata={"help": "its arguments"})
+    objective: str = field(default="elbo", metadata={"help": "elbo, iwae or dreg"})
+    objective_options: str = field(default="{}", metadata={"help": 'for example {"free_bits": 0.1}'})
+    num_samples: int = field(default=1, metadata={"help": "posterior samples per row in training"})
+    eval_every: int | None = field(default=None, metadata={"help": "steps between validations; by default an epoch"})
+    patience: int | None = field(default=None, metadata={"help": "validations without improvement after which training stops"})
+    importance_samples: int = field(default=100, metadata={"help": "per row, for the final log-likelihood; 0 leaves it out"})
+    log_every: int = 50
+    save_every: int = 500
+    keep: int = field(default=2, metadata={"help": "checkpoints kept besides the best"})
+    resume: str = field(default="auto", metadata={"help": "auto, never, or the path of a checkpoint"})
+    tracker: str | None = field(default=None, metadata={"help": "tensorboard, trackio or wandb"})
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private: bool = False
+    hub_token: str | None = field(default=None, metadata={"help": "by default that of `hf auth login` or HF_TOKEN"})
+
+    def __post_init__(self) -> None:
+        for name, table in (("kl_schedule", SCHEDULES), ("objective", OBJECTIVES), ("lr_schedule", LR_SCHEDULES)):
+            if getattr(self, name) not in table:
+                raise ValueError(f"{name}: received {getattr(self, name)!r}, expected one of {sorted(table)}")
+        default = {f.name: f.default for f in fields(self)}
+        for of, name in (("lr_schedule", "lr_options"), ("kl_schedule", "kl_options"), ("objective", "objective_options")):
+            given = _mapping(name, getattr(self, name))
+            meant_for_another = getattr(self, of) != default[of] and given == _mapping(name, default[name])
+            setattr(self, name, {} if meant_for_another else given)
+        _check_options("kl_options", SCHEDULES[self.kl_schedule], self.kl_options)
+        _check_options("objective_options", OBJECTIVES[self.objective], self.objective_options, given=("terms", "beta"))
+        SCHEDULES[self.kl_schedule](**self.kl_options)  # checks the values
+        if self.num_epochs is None and self.max_steps is None:
+            raise ValueError("num_epochs and max_steps: received neither, expected one of them")
+        for name in _COUNTS:
+            value, least = getattr(self, name), 0 if name == "importance_samples" else 1
+            if value is not None and value < least:
+                raise ValueError(f"{name}: received {value}, expected at least {least}")
+        if self.push_to_hub and self.hub_model_id is None:
+            self.hub_model_id = Path(self.output_dir).name
+        if self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id)
+
+    def suit_prior(self, prior: str, latent_dim: int) -> None:
+        """Default free bits per dimension become as many per row where the prior is a mixture: its KL has no dimensions.
+
+        Raises:
+            ValueError: for free bits per dimension that were asked for.
+        """
+        options = self.objective_options
+        if prior == "standard_normal" or not options.get("free_bits") or options.get("free_bits_per", "dimension") != "dimension":
+            return
+        if options != _mapping("objective_options", type(self).objective_options):
+            raise ValueError(f"objective_options: received {options} with prior {prior!r}, expected free_bits_per 'row' or 'batch'")
+        self.objective_options = {"free_bits": latent_dim * options["free_bits"], "free_bits_per": "row"}
+
+
+def _mapping(name: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        value = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"""{name}: received {value!r}, expected a mapping, for example '{{"steps": 500}}'""")
+    return dict(value)
+
+
+def _check_options(name: str, function: Callable, options: Mapping[str, Any], given: Sequence[str] = ()) -> None:
+    """Refuse what a function does not take, and what it lacks; ``given``: arguments that it will have anyway."""
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(given), **options)
+    except TypeError as error:
+        names = [parameter for parameter in inspect.signature(function).parameters if parameter not in given]
+        raise ValueError(f"{name}: received {options}, expected parameters of {function.__name__}, {names} ({error})") from None
+
+
+_COUNTS = (
+    "max_steps", "num_epochs", "batch_size", "accumulation", "log_every", "save_every", "keep", "num_samples", "eval_every",
+    "importance_samples",
+)  # fmt: skip
+
+
+def parse(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Options from ``--config file.yaml`` and the command line, which wins.
+
+    Arguments:
+        types: dataclasses.
+        argv: the command line; that of the process when None.
+
+    Returns:
+        One instance of each type.
+
+    Raises:
+        ValueError: an option that no type has, naming the nearest one.
+    """
+    argv, parser = list(sys.argv[1:] if argv is None else argv), HfArgumentParser(types)
+    parser.add_argument("--config", help="YAML file of options; the command line wins")
+    known = [f.name for kind in types for f in fields(kind)]
+    path = parser.parse_known_args(argv)[0].config
+    if path is not None:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        if not isinstance(options, dict):
+            raise ValueError(f"{path}: received {type(options).__name__}, expected a mapping of options to values")
+        for name in options:
+            if name not in known:
+                raise ValueError(f"{path}: unknown option {name!r}; the nearest one is {_nearest(name, known)!r}")
+        parser.set_defaults(**options)
+    *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if rest:
+        name = rest[0].partition("=")[0]
+        raise ValueError(f"unknown option {name!r}; the nearest one is {'--' + _nearest(name.lstrip('-'), known)!r}")
+    return tuple(parsed[: len(types)])
+
+
+def _nearest(name: object, known: Sequence[str]) -> str:
+    return difflib.get_close_matches(str(name), known, 1, 0.0)[0]
