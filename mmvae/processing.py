@@ -1,6 +1,6 @@
 """What turns a user's images and sentences into a model's tensors: the image processor and tokenizers.
 
-An image processor reads images by the rules of ``mmvae.data.images``, resizes them and divides by 255. A tokenizer emits
+An image processor reads and resizes images by the rules of ``mmvae.data.images`` and divides by 255. A tokenizer emits
 ``BOS w1 ... wT EOS``.
 
 Shapes: ``B`` batch, ``C`` channels, ``H, W`` height and width, ``T`` tokens.
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_utils import ChannelDimension, PILImageResampling
+from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
 __all__ = [
@@ -40,11 +41,13 @@ class ImageVAEImageProcessorKwargs(ImagesKwargs, total=False):
 
     Arguments:
         num_channels: channels of the output: 1 (grey), 3 (RGB) or 4 (RGBA).
-        background: the colour (red, green, blue), 0..255, that shows through transparent pixels.
+        background: the colour (red, green, blue), 0..255, that shows through transparent pixels and fills the padding.
+        resize_mode: "crop", "pad" or "stretch" (see ``mmvae.data.images.resize``).
     """
 
     num_channels: int | None
     background: list[int] | tuple[int, ...] | None
+    resize_mode: str | None
 
 
 # `mmvae.data` is imported where it is used: it brings `datasets`, and `import mmvae`, which registers the image processor, must stay quick.
@@ -60,6 +63,7 @@ class _Pixels:
     do_normalize = False
     num_channels = 3
     background = (255, 255, 255)
+    resize_mode = "crop"
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open what is named by a path or an address; leave images as they are."""
@@ -77,8 +81,31 @@ class _Pixels:
             return list(images)
         return super()._prepare_images_structure(images, expected_ndims=expected_ndims)
 
-    def _read(self, image: Any, num_channels: int | None, background: Sequence[int] | None, layout: Any) -> Tensor:
-        from mmvae.data.images import open_image, to_pixels
+    def _prepare_image_like_inputs(self, images: Any, *args: Any, **options: Any) -> list[Any]:
+        """The images, read one by one; several that came without a channel axis are not taken for the channels of one."""
+        channels = options.get("num_channels")
+        bare = isinstance(images, np.ndarray | Tensor) and images.ndim == 3 and options.get("input_data_format") is None
+        if bare and images.shape[-1] not in (1, 3, 4) and images.shape[0] not in (1, channels):
+            raise ValueError(
+                f"images: got one array of shape {tuple(images.shape)}, expected one picture, (H, W, C) or ({channels}, H, W); "
+                "for several pictures a list of (H, W) arrays, or (N, C, H, W)"
+            )
+        return super()._prepare_image_like_inputs(images, *args, **options)
+
+    def _read(
+        self,
+        image: Any,
+        num_channels: int | None = None,
+        background: Sequence[int] | None = None,
+        resize_mode: str | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        do_resize: bool | None = None,
+        size: SizeDict | None = None,
+        resample: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        """One image to (C, H, W) uint8, resized where ``size`` is a height and a width (the backend does the others)."""
+        from mmvae.data.images import RESIZES, open_image, resize, to_pixels
 
         if num_channels not in (1, 3, 4):
             raise ValueError(f"num_channels: got {num_channels!r}, expected 1 (grey), 3 (RGB) or 4 (RGBA)")
@@ -86,9 +113,20 @@ class _Pixels:
             raise ValueError(f"background: got {background!r}, expected red, green and blue in 0..255")
         if isinstance(image, Tensor):
             image = image.cpu().numpy()
-        if layout is not None and getattr(image, "ndim", 0) == 3:
-            image = np.moveaxis(image, 0, -1) if ChannelDimension(layout) is ChannelDimension.FIRST else image
-        return to_pixels(open_image(image, max_pixels=sys.maxsize), num_channels, tuple(background))
+        if input_data_format is not None and getattr(image, "ndim", 0) == 3:
+            image = np.moveaxis(image, 0, -1) if ChannelDimension(input_data_format) is ChannelDimension.FIRST else image
+        pixels = to_pixels(open_image(image, max_pixels=sys.maxsize), num_channels, tuple(background))
+        if not do_resize or size is None or not (size.height and size.width):
+            return pixels
+        if resize_mode not in RESIZES:
+            raise ValueError(f"resize_mode: got {resize_mode!r}, expected one of {', '.join(RESIZES)}")
+        if resample not in (None, PILImageResampling.BILINEAR, InterpolationMode.BILINEAR):
+            raise ValueError(f"resample: got {resample!r}, expected bilinear, which the models are trained with")
+        return resize(pixels, (size.height, size.width), resize_mode, tuple(background))
+
+    def rescale(self, image: Any, scale: float, **_: Any) -> Any:
+        """Divide, as the models do with 8-bit pixels: a product with 1/255 differs in the last bit."""
+        return (image.float() if isinstance(image, Tensor) else image.astype(np.float32)) / (1 / scale)
 
 
 class ImageVAEImageProcessor(_Pixels, TorchvisionBackend):
@@ -101,13 +139,16 @@ class ImageVAEImageProcessor(_Pixels, TorchvisionBackend):
     Arguments:
         size: ``{"height": int, "width": int}`` of the output, or ``{"shortest_edge": int}`` together with ``do_center_crop``.
         num_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
-        background: the colour (red, green, blue), 0..255, that shows through transparent pixels.
+        background: the colour (red, green, blue), 0..255, that shows through transparent pixels and fills the padding.
+        resize_mode: how a picture comes to ``height`` and ``width``, as in training: "crop", "pad" or "stretch", the ``resize`` of
+            ``mmvae.data.ImageColumn``, always bilinear.
 
     Returns:
         When called: a ``BatchFeature`` with ``pixel_values``, (B, C, H, W) float32 if ``return_tensors="pt"``, else a list of (C, H, W).
 
     Raises:
-        ValueError: what is not an image, or has values outside the range of its type.
+        ValueError: what is not an image, or has values outside the range of its type; several pictures in one array without a channel
+            axis.
 
     Example:
         >>> processor = ImageVAEImageProcessor(size={"height": 28, "width": 28}, num_channels=1)
@@ -115,32 +156,17 @@ class ImageVAEImageProcessor(_Pixels, TorchvisionBackend):
         (1, 1, 28, 28)
     """
 
-    def process_image(
-        self,
-        image: Any,
-        num_channels: int | None = None,
-        background: Sequence[int] | None = None,
-        input_data_format: str | ChannelDimension | None = None,
-        device: Any = None,
-        **_: Any,
-    ) -> Tensor:
+    def process_image(self, image: Any, device: Any = None, **options: Any) -> Tensor:
         """One image to (C, H, W) uint8 on ``device``."""
-        return self._read(image, num_channels, background, input_data_format).to(device)
+        return self._read(image, **options).to(device)
 
 
 class ImageVAEImageProcessorPil(_Pixels, PilBackend):
-    """The same as ``ImageVAEImageProcessor``, resized by Pillow and numpy."""
+    """The same as ``ImageVAEImageProcessor`` with numpy arrays; only a ``shortest_edge`` is resized by Pillow."""
 
-    def process_image(
-        self,
-        image: Any,
-        num_channels: int | None = None,
-        background: Sequence[int] | None = None,
-        input_data_format: str | ChannelDimension | None = None,
-        **_: Any,
-    ) -> np.ndarray:
+    def process_image(self, image: Any, **options: Any) -> np.ndarray:
         """One image to (C, H, W) uint8."""
-        return self._read(image, num_channels, background, input_data_format).numpy()
+        return self._read(image, **options).numpy()
 
 
 def _refuse_reserved(texts: Iterable[str]) -> Iterator[str]:

@@ -52,7 +52,8 @@ def main() -> None:
     kind = model.input_modalities[0]
     name, transform = find_column(rows, kind, args.column), None
     if kind == "image":
-        column = ImageColumn(name, model.config.height_width, model.config.num_channels, background=tuple(processor.background))
+        pixels = {"background": tuple(processor.background), "resize": processor.resize_mode}
+        column = ImageColumn(name, model.config.height_width, model.config.num_channels, **pixels)
         transform = binarization(model.config.binarize)
     else:
         column = TextColumn(name, processor, args.max_length, args.truncate)

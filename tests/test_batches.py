@@ -22,6 +22,7 @@ from mmvae.data import (
     load_rows,
     splits,
     sprites,
+    texts_of,
 )
 
 REAL = os.environ.get("MMVAE_TEST_DATA")
@@ -227,6 +228,31 @@ def test_bad_rows_are_named(tmp_path):
         list(Loader(Rows(data.to_iterable_dataset(), column), 2).batches(0))
     with pytest.raises(BadRow, match="row 3, field 'text'"):
         Rows(datasets.Dataset.from_dict({"text": ["w1", "w2", "w1", None]}).select([0, 1, 3]), column)
+
+
+def test_texts_before_there_is_a_tokenizer():
+    data = datasets.Dataset.from_dict({"text": ["w1", "w2", None, "w3"], "n": [1, 2, 3, 4]})
+    assert list(texts_of(data.select([0, 1, 3]), "text", "some/set")) == ["w1", "w2", "w3"]
+    assert list(texts_of(sprites(3, num_rows=2), "caption", "sprites")) == sprites(3, num_rows=2)["caption"]
+    for rows in (data, data.to_iterable_dataset(), data.select([0, 2])):
+        with pytest.raises(BadRow, match=r"^some/set: row 2, field 'text': got NoneType, expected text$"):
+            list(texts_of(rows, "text", "some/set"))
+    with pytest.raises(BadRow, match=r"some/set: row 0, field 'n': got int, expected text"):
+        list(texts_of(data, "n", "some/set"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_cut_rows_are_told_once(caplog, streaming):
+    data = datasets.Dataset.from_dict({"text": ["w1", "w1 w1 w1 w1", "w1", "w1 w1 w1 w1 w1"]})
+    column = TextColumn("text", tokenizer("w1"), 5, truncate=True)
+    rows = Rows(data.to_iterable_dataset() if streaming else data, column, name="some/set")
+    list(Loader(rows, 1).batches(0)), list(Loader(rows, 1).batches(1))
+    (record,) = caplog.records
+    many = "1 of 1" if streaming else "2 of 4"
+    assert record.levelname == "WARNING" and f"some/set: {many} rows" in record.getMessage() and "max_length=5" in record.getMessage()
+    caplog.clear()
+    Rows(data.select([0, 2]), column, name="short/set")
+    assert not caplog.records, "another set's rows are not counted"
 
 
 def test_streams_without_declared_features():

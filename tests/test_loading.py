@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mmvae.data import find_classes, find_column, load_rows, splits
-from mmvae.data.loading import content_fingerprint
+from mmvae.data.loading import content_fingerprint, features_of
 
 REAL = os.environ.get("MMVAE_TEST_DATA")
 needs_real_data = pytest.mark.skipif(not REAL, reason="MMVAE_TEST_DATA is not set: no folder with real data")
@@ -111,14 +111,68 @@ def test_validation_by_its_usual_names(tmp_path, name):
 def test_a_missing_validation_split_is_held_out_for_good(tmp_path):
     file = folder(tmp_path / "set", ".txt")
     first, second = splits(str(file)), splits(str(file))
-    assert len(first["validation"]) == 2
+    assert 1 <= len(first["validation"]) <= 5
     assert sorted([*first["train"]["text"], *first["validation"]["text"]]) == sorted(LINES)
-    assert list(first["validation"]["text"]) == list(second["validation"]["text"]) != LINES[:2]
-    streamed = splits(str(file), streaming=True)
-    assert [row["text"] for row in streamed["validation"]] == LINES and not list(streamed["train"])
-    file.write_text("one\n")
-    with pytest.raises(ValueError, match="1 training rows and no validation split"):
-        splits(str(file))
+    assert list(first["validation"]["text"]) == list(second["validation"]["text"]) != LINES[: len(first["validation"])]
+    file.write_text("\n".join(f"line number {i}" for i in range(80)) + "\n")
+    held = set(first["validation"]["text"])
+    assert {line for line in splits(str(file))["validation"]["text"] if line in LINES} == held, "more rows change nothing for these"
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".parquet"])
+@pytest.mark.parametrize("num_rows", [2, 26, 27, 40, 3000])
+def test_a_stream_holds_out_the_same_rows(tmp_path, num_rows, suffix):
+    file = tmp_path / f"a{suffix}"
+    lines = [f"line number {i}" for i in range(num_rows)]
+    if suffix == ".txt":
+        file.write_text("\n".join(lines) + "\n")
+    else:
+        datasets.Dataset.from_dict({"text": lines}).to_parquet(file)
+    indexed, streamed = splits(str(file)), splits(str(file), streaming=True)
+    for split in ("train", "validation"):
+        assert [row["text"] for row in streamed[split]] == list(indexed[split]["text"]) != []
+    assert num_rows < 3000 or 0.04 < len(indexed["validation"]) / num_rows < 0.06
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_row_is_too_few_to_hold_one_out(tmp_path, streaming):
+    (tmp_path / "a.txt").write_text("one\n")
+    with pytest.raises(ValueError, match="a.txt has 1 training rows and no validation split, expected at least 2 rows"):
+        splits(str(tmp_path / "a.txt"), streaming=streaming)
+
+
+def test_holding_out_of_a_stream_decodes_nothing_and_keeps_the_features(tmp_path):
+    for kind in ("cat", "dog"):
+        (tmp_path / "set" / "train" / kind).mkdir(parents=True)
+        for i in range(60):
+            Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / "set" / "train" / kind / f"{i:02d}.png")
+    indexed, streamed = splits(str(tmp_path / "set")), splits(str(tmp_path / "set"), streaming=True)
+    assert features_of(streamed["train"]) == features_of(streamed["validation"]) == features_of(indexed["train"])
+    for split in ("train", "validation"):
+        assert [row["label"] for row in streamed[split]] == list(indexed[split]["label"])
+        assert [row["image"].getpixel((0, 0)) for row in streamed[split]] == [image.getpixel((0, 0)) for image in indexed[split]["image"]]
+    assert {row["label"] for row in streamed["validation"]} == {0, 1}, "of sorted classes every one is held out"
+    (tmp_path / "set" / "train" / "cat" / "00.png").write_bytes(b"no picture")
+    raw = splits(str(tmp_path / "set"), streaming=True)["train"].cast_column("image", datasets.Image(decode=False))
+    assert next(iter(raw))["image"]["path"].endswith("00.png")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
+def test_an_empty_file_is_named(tmp_path, suffix, streaming, content):
+    (tmp_path / "set").mkdir()
+    file = tmp_path / "set" / f"train{suffix}"
+    file.write_text(content)
+    for name in (file, file.parent):
+        with pytest.raises(ValueError, match=f"{file} is empty, expected rows"):
+            load_rows(str(name), streaming=streaming)
+
+
+@pytest.mark.parametrize("name", ["d/nope", "nope", "a/b/nope"])
+def test_what_is_found_nowhere_is_said_to_be(name):
+    with pytest.raises(FileNotFoundError, match=f"{name} is neither a local path nor reachable on the Hub"):
+        load_rows(name)
 
 
 def test_columns_are_guessed_or_listed():
@@ -165,10 +219,10 @@ def test_sprites_by_name():
     ("name", "sizes", "kinds"),
     [
         ("ptb", (42_068, 3_370, 3_761), {"text": "text"}),
-        ("mnist", (57_000, 3_000, 10_000), {"image": "image", "label": "label"}),
-        ("eurosat", (1_900, 100, 500), {"image": "image", "label": "label"}),
+        ("mnist", (56_987, 3_013, 10_000), {"image": "image", "label": "label"}),
+        ("eurosat", (1_895, 105, 500), {"image": "image", "label": "label"}),
         ("emoji", (2_741, 316, 326), {"image": "image", "text": "text"}),
-        ("trec", (5_180, 272, 500), {"text": "text", "label": "label"}),
+        ("trec", (5_178, 274, 500), {"text": "text", "label": "label"}),
         ("bbc_news", (1_556, 334, 335), {"text": "text", "label": "label"}),
     ],
 )

@@ -10,6 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mmvae.data import ImageColumn
 from mmvae.processing import (
     ImageVAEImageProcessor,
     ImageVAEImageProcessorPil,
@@ -62,7 +63,7 @@ def test_the_same_picture_in_any_dress(backend):
         [torch.from_numpy(grey)],
     ]
     dresses += [Image.fromarray(grey), [Image.fromarray(grey).convert("RGB")], grey / 255, torch.from_numpy(grey) / 255]
-    dresses += [np.repeat(grey[..., None], 3, -1), np.repeat(grey[None], 3, 0)]
+    dresses += [np.repeat(grey[..., None], 3, -1), [np.repeat(grey[None], 3, 0)], np.repeat(grey[None, None], 3, 1)]
     for dress in dresses:
         torch.testing.assert_close(pixel_values(dress, backend, num_channels=1), expected, atol=1e-6, rtol=0)
 
@@ -77,10 +78,23 @@ def test_list_of_grey_arrays_is_a_batch(backend):
     ]
 
 
-def test_a_stack_of_grey_images_needs_a_channel_axis():
-    with pytest.raises(ValueError, match=r"\(5, 28, 28\)"):
-        pixel_values(np.zeros((5, 28, 28), np.uint8), num_channels=1)
-    assert pixel_values(np.zeros((5, 1, 28, 28), np.uint8), num_channels=1).shape == (5, 1, 28, 28)
+@BACKENDS
+@pytest.mark.parametrize(("n", "num_channels"), [(5, 1), (4, 1), (4, 3), (3, 1), (3, 4)])
+def test_a_stack_of_grey_images_needs_a_channel_axis(backend, n, num_channels):
+    stack = np.zeros((n, 28, 28), np.uint8)
+    for images in (stack, torch.from_numpy(stack)):
+        with pytest.raises(ValueError, match=rf"shape \({n}, 28, 28\), expected .*a list of \(H, W\) arrays, or \(N, C, H, W\)"):
+            pixel_values(images, backend, num_channels=num_channels)
+    for images in (stack[:, None], list(stack)):
+        assert pixel_values(images, backend, num_channels=num_channels).shape == (n, num_channels, 28, 28)
+
+
+@BACKENDS
+def test_one_picture_may_come_bare(backend):
+    for shape, num_channels in [((3, 28, 28), 3), ((4, 28, 28), 4), ((1, 28, 28), 3), ((28, 28, 4), 3), ((28, 28, 1), 3)]:
+        assert len(pixel_values(np.zeros(shape, np.uint8), backend, num_channels=num_channels)) == 1
+    named = pixel_values(np.zeros((4, 28, 28), np.uint8), backend, num_channels=3, input_data_format="channels_first")
+    assert named.shape == (1, 3, 28, 28)
 
 
 @BACKENDS
@@ -102,6 +116,39 @@ def test_backends_agree_on_a_real_resize():
     ramp = Image.fromarray(np.add.outer(np.arange(90), np.arange(60)).astype(np.uint8)).convert("RGB")
     ours, pil = (pixel_values(ramp, backend, side=32) for backend in (ImageVAEImageProcessor, ImageVAEImageProcessorPil))
     assert (ours - pil).abs().max() <= 1.5 / 255
+
+
+@BACKENDS
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (20, 24), (32, 32)])
+@pytest.mark.parametrize("mode", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("num_channels", [1, 3, 4])
+def test_pixels_are_those_of_training(backend, shape, mode, num_channels, tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 4), dtype=np.uint8))
+    column = ImageColumn("image", (32, 28), num_channels, background=(0, 102, 255), resize=mode)
+    trained = torch.from_numpy(column.prepare([picture])[0]) / 255
+    options = {"num_channels": num_channels, "background": (0, 102, 255), "resize_mode": mode}
+    backend(size={"height": 32, "width": 28}, **options).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["resize_mode"] == mode
+    published = backend.from_pretrained(tmp_path)
+    assert torch.equal(published([picture], return_tensors="pt").pixel_values[0], trained)
+    by_call = backend(size={"height": 32, "width": 28}, num_channels=num_channels, background=(0, 102, 255))
+    assert torch.equal(by_call([picture], resize_mode=mode, return_tensors="pt").pixel_values[0], trained)
+
+
+@BACKENDS
+def test_pictures_are_cropped_unless_told_otherwise(backend):
+    assert backend().resize_mode == ImageColumn("image", 8).resize == "crop"
+
+
+@BACKENDS
+def test_other_ways_to_resize(backend):
+    picture = Image.new("RGB", (90, 40))
+    assert processor(backend)(picture, do_resize=False, return_tensors="pt").pixel_values.shape == (1, 3, 40, 90)
+    assert backend(size={"shortest_edge": 20})(picture, return_tensors="pt").pixel_values.shape == (1, 3, 20, 45)
+    with pytest.raises(ValueError, match="resize_mode: got 'squeeze', expected one of crop, pad, stretch"):
+        processor(backend, resize_mode="squeeze")(picture)
+    with pytest.raises(ValueError, match="resample: got .*, expected bilinear"):
+        processor(backend, resample=0)(picture)
 
 
 def test_paths_are_read_by_the_same_rules(tmp_path):
@@ -133,7 +180,7 @@ def test_bad_images_are_refused(backend):
 
 @BACKENDS
 def test_image_processor_round_trip(backend, tmp_path):
-    before = processor(backend, num_channels=1, background=(1, 2, 3))
+    before = processor(backend, num_channels=1, background=(1, 2, 3), resize_mode="pad")
     before.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert saved["image_processor_type"] == "ImageVAEImageProcessor"  # either backend loads it

@@ -4,7 +4,7 @@ from mmvae.data.augmentation import Augmentation
 from mmvae.data.batches import Loader
 from mmvae.data.columns import Column, ImageColumn, LabelColumn, TextColumn
 from mmvae.data.loading import find_classes, find_column, load_rows, splits
-from mmvae.data.rows import BadRow, Rows
+from mmvae.data.rows import BadRow, Rows, texts_of
 from mmvae.data.sprites import Sprites, parse_caption, sprites
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "parse_caption",
     "splits",
     "sprites",
+    "texts_of",
 ]

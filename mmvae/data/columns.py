@@ -193,10 +193,7 @@ class TextColumn(Column):
     def prepare(self, values: Sequence[Any]) -> list[np.ndarray]:
         """(T,) int32 for each text, BOS and EOS included."""
         for value in values:
-            if not isinstance(value, str):
-                raise ValueError(f"got {type(value).__name__}, expected text")
-            if not value.isascii():
-                _check_unicode(value)
+            check_text(value)
         if not values:
             return []
         encoded = self.tokenizer(list(values), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -227,9 +224,12 @@ class TextColumn(Column):
         return f"{self!r} {hashlib.sha256(vocabulary).hexdigest()}"
 
 
-def _check_unicode(value: str) -> None:
+def check_text(value: Any) -> None:
+    """Refuse what is not text with a ValueError of the form "got ..., expected ..."."""
+    if not isinstance(value, str):
+        raise ValueError(f"got {type(value).__name__}, expected text")
     try:
-        value.encode()
+        value.isascii() or value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"got a lone surrogate at character {error.start}, expected valid Unicode text") from None
 

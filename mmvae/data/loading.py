@@ -11,6 +11,7 @@ A name that exists on disk is never looked up on the Hub. Nothing is written bes
 makes of it in its own cache.
 """
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from typing import Any
 
 import datasets
 import torch
+from huggingface_hub.errors import HFValidationError
 
 from mmvae.data.sprites import sprites
 from mmvae.noise import fold
@@ -44,6 +46,7 @@ _COMMON = {
 }
 _SPLITS = ("train", "validation", "test")
 _HELD_OUT = 0x68656C64
+_FIRST_HELD_OUT = 26  # the smallest row number that the rule of `splits` holds out
 _SPRITE_ROWS = {"train": 10_000, "validation": 1_000, "test": 1_000}
 
 
@@ -62,8 +65,8 @@ def load_rows(dataset: str, split: str = "train", *, streaming: bool = False, **
         A `datasets.Dataset`, `datasets.IterableDataset` or `mmvae.data.Sprites`.
 
     Raises:
-        FileNotFoundError: ``dataset`` is a path and does not exist.
-        ValueError: the split does not exist.
+        FileNotFoundError: ``dataset`` is a path and does not exist, or an id that the Hub does not give.
+        ValueError: the split does not exist, or a file is empty.
     """
     return _pick(_load(dataset, streaming, options), split, dataset)
 
@@ -71,9 +74,9 @@ def load_rows(dataset: str, split: str = "train", *, streaming: bool = False, **
 def splits(dataset: str, *, streaming: bool = False, **options: Any) -> dict[str, Any]:
     """Training, validation and, where there is one, test rows.
 
-    A data set without a validation split gives one up from its training rows, the same for every run: of a map-style
-        set 5 %, at most
-    5,000 rows, chosen by a fixed permutation; of a stream its first 1,000 rows.
+    A data set without a validation split gives one up from its training rows, about 5 %: row i is held out if a fixed hash of i is
+    divisible by 20, the same rows for every run, and for a stream the same as for the indexed set. A set of at most 26 rows, which has
+    no such row, holds out its last one.
 
     Arguments:
         dataset, streaming, options: as for `load_rows`.
@@ -82,6 +85,7 @@ def splits(dataset: str, *, streaming: bool = False, **options: Any) -> dict[str
         ``{"train": ..., "validation": ..., "test": ...}``, the last only where it exists.
 
     Raises:
+        FileNotFoundError: as for `load_rows`.
         ValueError: there is no training split, or it has fewer than two rows.
     """
     loaded = _load(dataset, streaming, options)
@@ -104,13 +108,26 @@ def _load(dataset: str, streaming: bool, options: dict[str, Any]) -> dict[str, A
         builder = _BUILDERS.get(path.suffix.lower())
         if builder is None:
             raise ValueError(f"{dataset} has the ending {path.suffix!r}, expected one of {', '.join(_BUILDERS)}")
+        _refuse_empty([path])
         return datasets.load_dataset(builder, data_files={"train": str(path)}, streaming=streaming, **_csv([path]), **options)
     if path.is_dir():
-        files = itertools.islice((file for file in path.rglob("*") if file.is_file()), 1000)
+        files = list(itertools.islice((file for file in path.rglob("*") if file.is_file()), 1000))
+        _refuse_empty(files)
         return datasets.load_dataset(str(path), streaming=streaming, **_csv(files), **options)
     if dataset.startswith((".", "/", "~")) or path.suffix.lower() in _BUILDERS:
         raise FileNotFoundError(f"{dataset} does not exist, expected a file, a folder, a Hub id or 'sprites'")
-    return datasets.load_dataset(dataset, streaming=streaming, **options)
+    try:
+        return datasets.load_dataset(dataset, streaming=streaming, **options)
+    except (ConnectionError, FileNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(f"{dataset} is neither a local path nor reachable on the Hub ({error})") from error
+
+
+def _refuse_empty(files: Iterable[Path]) -> None:
+    """Name an empty table, of which `datasets` says only that something failed; files beside pictures are not tables."""
+    kinds = {file.suffix.lower() for file in files} - {".md", ""}
+    for file in sorted(files) if kinds <= set(_BUILDERS) else ():
+        if file.suffix.lower() in _BUILDERS and file.stat().st_size < 4096 and not file.read_bytes().strip():
+            raise ValueError(f"{file} is empty, expected rows")
 
 
 def _csv(files: Iterable[Path]) -> dict[str, Any]:
@@ -133,13 +150,23 @@ def _pick(loaded: dict[str, Any], split: str, dataset: str) -> Any:
 
 
 def _hold_out(train: Any, dataset: str) -> tuple[Any, Any]:
-    if isinstance(train, datasets.IterableDataset):
-        return train.skip(1000), train.take(1000)
-    size = max(1, min(len(train) // 20, 5000))
-    if len(train) <= size:
-        raise ValueError(f"{dataset} has {len(train)} training rows and no validation split, expected at least 2 rows")
-    order = fold(_HELD_OUT, torch.arange(len(train))).argsort(stable=True)
-    return train.select(order[size:].sort().values.tolist()), train.select(order[:size].sort().values.tolist())
+    """Training rows and the ones held out, by the rule that `splits` states."""
+    streamed = isinstance(train, datasets.IterableDataset)
+    raw = train.cast(datasets.Features()) if streamed and train.features else train  # a filter would decode every picture
+    size = sum(1 for _ in raw.take(_FIRST_HELD_OUT + 1)) if streamed else len(train)  # a stream is counted as far as it matters
+    if size < 2:
+        raise ValueError(f"{dataset} has {size} training rows and no validation split, expected at least 2 rows")
+    last = size - 1 if size <= _FIRST_HELD_OUT else None
+    if not streamed:
+        held = fold(_HELD_OUT, torch.arange(size)) % 20 == 0 if last is None else torch.arange(size) == last
+        return tuple(train.select(rows.nonzero().flatten().tolist()) for rows in (~held, held))
+    parts = (raw.filter(functools.partial(_belongs, last=last, held=held), with_indices=True) for held in (False, True))
+    return tuple(part.cast(train.features) if train.features else part for part in parts)
+
+
+def _belongs(row: Any, number: int, last: int | None, held: bool) -> bool:
+    """Whether a stream's row is in the held-out part, or in the other one."""
+    return (fold(_HELD_OUT, number) % 20 == 0 if last is None else number == last) == held
 
 
 def features_of(rows: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ row is decoded in one place, `Rows.batch`.
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmvae.data.columns import Column, Ragged
+from mmvae.data.columns import Column, Ragged, check_text
 from mmvae.data.loading import content_fingerprint, features_of
 from mmvae.data.sprites import Sprites
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 1000
 
@@ -36,6 +39,8 @@ class Rows:
             it was loaded from.
         memory_limit: bytes that prepared pictures may take; 0 decodes them whenever a batch asks.
 
+    Rows that a `TextColumn` cut are told in one warning: their number, or for a stream that there are some.
+
     Raises:
         BadRow: a row that was prepared now is bad.
         ValueError: no rows, or a column that does not exist.
@@ -46,6 +51,7 @@ class Rows:
         self.name = name
         self.streamed = isinstance(dataset, datasets.IterableDataset)
         self._dataset = _raw(dataset, self.columns, name)
+        self._told: set[int] = set()
         self.num_rows: int | None = None if self.streamed else len(dataset)
         if self.num_rows == 0:
             raise ValueError(f"{name} has no rows, expected at least 1")
@@ -81,7 +87,9 @@ class Rows:
         for number, column in enumerate(self.columns):
             packed = self._memory[number][rows] if number in self._memory else None
             if packed is None:
+                cut = getattr(column, "num_truncated", 0)
                 packed = column.pack(self._prepare(column, values[column.name], rows.tolist()))
+                self._tell_cut(number, cut, len(rows))
             prefix = f"{column.prefix}_" if column.prefix else ""
             for key, tensor in column.collate(packed, keys).items():
                 if prefix + key in inputs:
@@ -111,12 +119,17 @@ class Rows:
             column.prepare([value])
         except ValueError as error:
             shown = f" in {value[:60]!r}" if isinstance(value, str) else ""
-            raise BadRow(f"{self.name}: row {self._file_row(row)}, field {column.name!r}: {error}{shown}") from error
+            raise BadRow(f"{self.name}: row {_file_row(self._dataset, row)}, field {column.name!r}: {error}{shown}") from error
 
-    def _file_row(self, row: int) -> int:
-        """The row's number before a selection such as a held-out part; `datasets` keeps it in a private table only."""
-        indices = getattr(self._dataset, "_indices", None)
-        return row if indices is None else indices.column(0)[row].as_py()
+    def _tell_cut(self, number: int, before: int, rows: int) -> None:
+        """Warn once of the rows that a column cut since ``before``: of all, or of a stream's first batch with such rows."""
+        column = self.columns[number]
+        cut = getattr(column, "num_truncated", 0) - before
+        if cut and number not in self._told:
+            self._told.add(number)
+            more = " of the first batch with longer rows" if self.streamed else ""
+            text = "%s: %d of %d rows%s are cut in field %r, to max_length=%d tokens"
+            logger.warning(text, self.name, cut, rows, more, column.name, column.max_length)
 
     def _prepare_all(self, memory_limit: int) -> dict[int, Tensor | Ragged]:
         memory: dict[int, Tensor | Ragged] = {}
@@ -124,7 +137,9 @@ class Rows:
             size = 0 if column.shape is None else self.num_rows * math.prod(column.shape) * column.dtype.itemsize
             if column.shape and size > memory_limit:
                 continue
+            cut = getattr(column, "num_truncated", 0)
             memory[number] = self._prepare_column(column)
+            self._tell_cut(number, cut, self.num_rows)
         return memory
 
     def _prepare_column(self, column: Column) -> Tensor | Ragged:
@@ -149,6 +164,35 @@ class Rows:
         if not self.in_memory:
             digest.update(content_fingerprint(self.name, None if self.streamed else self._dataset).encode())
         return digest.hexdigest()
+
+
+def _file_row(dataset: Any, row: int) -> int:
+    """The row's number before a selection such as a held-out part; `datasets` keeps it in a private table only."""
+    indices = getattr(dataset, "_indices", None)
+    return row if indices is None else indices.column(0)[row].as_py()
+
+
+def texts_of(rows: Any, column: str, name: str = "data") -> Iterator[str]:
+    """The texts of a column, one by one, for what comes before there are `Rows`: training a tokenizer.
+
+    Arguments:
+        rows: what `mmvae.data.load_rows` gives.
+        column: the data set's column.
+        name: what the data set is called in errors.
+
+    Returns:
+        The texts in the order of the rows.
+
+    Raises:
+        BadRow: a row that holds no text.
+    """
+    rows = rows.select_columns([column])
+    for number, row in enumerate(rows):
+        try:
+            check_text(row[column])
+        except ValueError as error:
+            raise BadRow(f"{name}: row {_file_row(rows, number)}, field {column!r}: {error}") from error
+        yield row[column]
 
 
 def _raw(dataset: Any, columns: Sequence[Column], name: str) -> Any:
