@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := outputs/demo
+# accelerate gives each process one CPU thread unless it is told otherwise
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 DEMO_TEXT := recipes/text_vae.py --output_dir $(OUT)/text
 DEMO_IMAGE := recipes/image_vae.py --output_dir $(OUT)/image
 
@@ -12,8 +15,8 @@ DEMO_IMAGE := recipes/image_vae.py --output_dir $(OUT)/image
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
-	$(BIN)/accelerate launch $(DEMO_TEXT)
-	$(BIN)/accelerate launch $(DEMO_IMAGE)
+	$(LAUNCH) $(DEMO_TEXT)
+	$(LAUNCH) $(DEMO_IMAGE)
 	@for run in text image; do \
 		echo; echo "$$run: model folder $(OUT)/$$run, model card $(OUT)/$$run/README.md"; \
 		find $(OUT)/$$run -maxdepth 2 \( -path '*/figures/*' -o -name metrics.json \) | sort | sed 's/^/  /'; \

@@ -58,6 +58,7 @@ class ImageRun(RunArguments):
     output_dir: str = "outputs/image_vae"
     batch_size: int = 64
     num_epochs: int | None = 3
+    importance_samples: int = 10
     max_grad_norm: float | None = None
     kl_options: str = '{"steps": 200}'
 
