@@ -37,7 +37,7 @@ class ImageArguments:
     rotation: float = 0.0
     brightness: float = 0.0
     input_noise: float = field(default=0.0, metadata={"help": "standard deviation of noise on the encoder's input: a denoising VAE"})
-    latent_dim: int = 64
+    latent_dim: int = field(default=16, metadata={"help": "16 suits the built-in sprites; pictures with more in them want more"})
     hidden_channels: list[int] | None = None
     num_blocks: int = 1
     spatial_latent: bool = False
@@ -46,7 +46,7 @@ class ImageArguments:
     likelihood: str = "gaussian"
     scale_mode: str = "learned"
     scale: float = 0.1
-    prior: str = "standard_normal"
+    prior: str = "mixture"
     prior_components: int = 50
 
 
@@ -59,6 +59,7 @@ class ImageRun(RunArguments):
     batch_size: int = 64
     num_epochs: int | None = 3
     importance_samples: int = 10
+    learning_rate: float = 2e-3
     max_grad_norm: float | None = None
     kl_options: str = '{"steps": 200}'
 
