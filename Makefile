@@ -8,8 +8,8 @@ OUT := outputs/demo
 # accelerate gives each process one CPU thread unless it is told otherwise
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
-DEMO_TEXT := recipes/text_vae.py --output_dir $(OUT)/text
-DEMO_IMAGE := recipes/image_vae.py --output_dir $(OUT)/image
+DEMO_TEXT := recipes/text_vae.py --output_dir $(OUT)/text --num_epochs 4 --importance_samples 20
+DEMO_IMAGE := recipes/image_vae.py --output_dir $(OUT)/image --num_epochs 2 --importance_samples 0
 
 .PHONY: demo test lint format clean
 .DELETE_ON_ERROR:
