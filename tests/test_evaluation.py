@@ -16,14 +16,6 @@ from mmvae.processing import train_tokenizer
 SENTENCES = ["red heart", "small blue square on dark", "a", "", "big big heart at top left", "blue", "a b c d e f g"] * 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows_of(kind, count=None):
     if kind == "text":
         sentences = SENTENCES[:count]

@@ -16,14 +16,6 @@ from mmvae.data import ImageColumn, Loader, Rows
 from mmvae.experiment import RunArguments, parse, precision, start, train, vae_step
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclass
 class Options:
     latent_dim: int = 4

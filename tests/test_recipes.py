@@ -22,14 +22,6 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = Path(__file__).with_name("recipe_runs.py")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Tiny sets by recipe."""

@@ -20,14 +20,6 @@ TOY = Path(__file__).with_name("distributed_toy.py")
 STEPS = 6  # two epochs of three batches, the last one incomplete
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """A run that never stopped, with the checkpoint of every step."""
