@@ -160,7 +160,7 @@ class VAE(PreTrainedModel):
 
         Arguments:
             num_samples: S, per component of the posterior.
-            chunk_size: samples of every row decoded at once; about 2,048 decoded rows when None. Keyed results do not depend on it.
+            chunk_size: samples of every row decoded at once; about 512 decoded rows when None. Keyed results do not depend on it.
             noise_key: (B,) int64 keys of the noise; torch's generator when None.
             inputs: the model's inputs by name.
 
@@ -168,7 +168,7 @@ class VAE(PreTrainedModel):
             (B,) float32.
         """
         q = self.posterior(**inputs)
-        chunk_size = max(1, 2048 // q.mixture.components.batch_shape.numel()) if chunk_size is None else chunk_size
+        chunk_size = max(1, 512 // q.mixture.components.batch_shape.numel()) if chunk_size is None else chunk_size
         _at_least("num_samples", num_samples, 1), _at_least("chunk_size", chunk_size, 1)
         total = torch.full(q.mixture.batch_shape, -math.inf, device=self.device)
         for start in range(0, num_samples, chunk_size):
