@@ -1,6 +1,7 @@
 """Objectives: with the exact posterior every bound is log p(x); otherwise they are ordered, and gradients are what they claim."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from linear_gaussian import linear_gaussian
 
 from mmvae.aggregation import Posterior, alone
 from mmvae.distributions import DiagNormal, GaussianMixture, kl
-from mmvae.objectives import OBJECTIVES, Terms, dreg, elbo, free_bits, iwae, kl_to_prior
+from mmvae.objectives import OBJECTIVES, Terms, dreg, elbo, free_bits, iwae, kl_to_prior, log_weights
 
 SAMPLED = {"sample_posterior": True}
 
@@ -94,6 +95,62 @@ def one_row(objective):
     return torch.autograd.grad(model(x, objective=objective, num_samples=8, **SAMPLED).loss, model.shift)[0]
 
 
+def mixture_gradients(objective, copies: int, samples: int, beta: float, components: int = 2, seed: int = 0):
+    """Value and gradients of q's parameters (2K,) and of a decoder's (1,), of a mean over ``copies`` of one row in one dimension."""
+    generator = torch.Generator().manual_seed(seed)
+    loc = torch.linspace(-0.6, 0.8, components, dtype=torch.float64).requires_grad_()
+    logvar = torch.linspace(-1.0, 0.5, components, dtype=torch.float64).requires_grad_()
+    decoder = torch.tensor([1.3], dtype=torch.float64).requires_grad_()
+    q = DiagNormal(*(v[:, None, None].expand(-1, copies, 1) for v in (loc, logvar)))
+    members = torch.ones(components, copies, 1, dtype=torch.bool)
+    posterior = Posterior(GaussianMixture(q, torch.zeros(components, copies, dtype=torch.float64)), {}, members[0], members)
+    z = posterior.mixture.stratified(samples, torch.randn(samples, components, copies, 1, generator=generator, dtype=torch.float64))
+    zero = torch.zeros(1, dtype=torch.float64)
+    log_px = DiagNormal(decoder * z, zero - 1).log_prob(torch.tensor([1.0], dtype=torch.float64))
+    value = objective(Terms(z, {"a": log_px}, posterior, DiagNormal(zero, zero)), beta).mean()
+    gradients = torch.autograd.grad(value, (loc, logvar, decoder))
+    return value.detach(), torch.cat(gradients[:2]), gradients[2]
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3, 2.0])
+def test_dreg_has_the_encoder_gradient_of_iwae_in_expectation_for_every_beta(beta):
+    _, grads, _ = mixture_gradients(dreg, 100_000, 4, beta, components=1)
+    _, reference, _ = mixture_gradients(iwae, 100_000, 4, beta, components=1, seed=1)
+    torch.testing.assert_close(grads, reference, atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize(("samples", "beta"), [(1, 1.0), (1, 0.3), (6, 1.0), (6, 0.3)])
+def test_looser_dreg_has_the_value_and_the_decoder_gradient_of_looser_iwae(samples, beta):
+    looser = partial(dreg, looser=True), partial(iwae, looser=True)
+    (value, grads, decoder), (expected, reference, right) = (mixture_gradients(f, 100, samples, beta) for f in looser)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(decoder, right)
+    assert not torch.allclose(grads, reference)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_looser_dreg_has_the_encoder_gradient_of_looser_iwae_in_expectation_with_one_sample(beta):
+    _, grads, _ = mixture_gradients(partial(dreg, looser=True), 200_000, 1, beta)
+    _, reference, _ = mixture_gradients(partial(iwae, looser=True), 200_000, 1, beta, seed=1)
+    torch.testing.assert_close(grads, reference, atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize("objective", [iwae, dreg])
+def test_looser_of_one_component_is_the_bound_itself(objective):
+    for samples in (1, 5):
+        found = [mixture_gradients(partial(objective, looser=looser), 20, samples, 0.6, components=1) for looser in (True, False)]
+        for value, expected in zip(*found, strict=True):
+            torch.testing.assert_close(value, expected)
+
+
+def test_looser_is_the_mean_of_the_components_bounds():
+    t = terms(components=3, samples=5)
+    each = (t.likelihood() + 0.7 * t.log_ratio()).logsumexp(0) - math.log(5)
+    expected = (t.q.mixture.log_weights.exp() * each).sum(0)
+    torch.testing.assert_close(iwae(t, 0.7, looser=True), expected)
+    assert (expected < iwae(t, 0.7)).all()
+
+
 def test_dreg_leaves_an_exact_encoder_alone():
     _, grads = gradients(dreg, True, 8, 5)
     _, reference = gradients(iwae, True, 8, 5)
@@ -150,6 +207,27 @@ def test_a_mixture_of_equal_components_is_one_component():
         t = Terms(z, {"a": log_px.expand(6, copies, 4)}, q, DiagNormal(torch.zeros(2), torch.zeros(2)))
         bounds.append(torch.stack([iwae(t), -kl_to_prior(t).mean((0, 1)) if copies > 1 else t.log_ratio().mean((0, 1))]))
     torch.testing.assert_close(*bounds)
+
+
+def test_scales_weigh_the_likelihoods():
+    t = terms(components=2)
+    weighed = replace(t, log_px={"a": 2.5 * t.log_px["a"], "b": t.log_px["b"]})
+    for objective in (elbo, iwae, partial(iwae, looser=True), dreg):
+        torch.testing.assert_close(objective(replace(t, scales={"a": 2.5}), 0.7), objective(weighed, 0.7))
+        assert not torch.allclose(objective(weighed, 0.7), objective(t, 0.7))
+    torch.testing.assert_close(log_weights(replace(t, scales={"a": 2.5})), log_weights(weighed))
+
+
+def test_free_bits_of_components_fall_into_dimensions():
+    t = terms(components=3)
+    q = t.q.mixture.components
+    each = (0.5 * (q.logvar.exp() + q.loc**2 - 1 - q.logvar)).clamp_min(0.8).sum(-1)
+    expected = (t.q.mixture.log_weights.exp() * (t.likelihood().mean(0) - 0.5 * each)).sum(0)
+    torch.testing.assert_close(elbo(t, 0.5, free_bits=0.8, divergence="components"), expected)
+    with pytest.raises(ValueError, match="free_bits_per: received 'dimension' with a mixture"):
+        elbo(t, free_bits=0.8)
+    mixed = replace(t, prior=GaussianMixture(DiagNormal(torch.randn(2, 1, 2), torch.zeros(2, 1, 2)), torch.zeros(2, 1)))
+    torch.testing.assert_close(kl_to_prior(mixed, divergence="components"), q.log_prob(t.z) - mixed.prior.log_prob(t.z))
 
 
 def test_private_latents_count_in_every_objective():
