@@ -94,7 +94,8 @@ def evaluate_elbo(
         detailed: also the mutual information (of at most 10,000 rows), and for pictures PSNR and SSIM of the reconstructions.
 
     Returns:
-        ``neg_elbo_nats``, ``reconstruction_nats``, ``kl_nats`` per row, ``active_units``; for text ``tokens`` per row.
+        ``neg_elbo_nats``, ``reconstruction_nats``, ``kl_nats`` per row, ``active_units``; for text ``tokens`` per row; of a joint model
+        ``reconstruction_nats_<modality>``, in which a row without it counts 0.
     """
     moments = _Moments(accelerator)
 
@@ -104,6 +105,9 @@ def evaluate_elbo(
         out = model(**inputs, sample_posterior=True, noise_key=key)
         moments.add(out.latent_mean, out.latent_logvar, batch["row"], batch["row_weight"])
         values = {"neg_elbo_nats": -out.elbo, "reconstruction_nats": -out.log_px, "kl_nats": out.kl}
+        if out.log_px_by_modality is not None:
+            names = unwrap(model).modalities
+            return values | {f"reconstruction_nats_{name}": -out.log_px_by_modality[:, m] for m, name in enumerate(names)}
         return values | _of_modality(unwrap(model), inputs, out.latent_mean, detailed)
 
     figures = evaluate(accelerator, measure, loader, models=[model])

@@ -2,10 +2,9 @@
 
 import contextlib
 import difflib
-import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser, SchedulerType
 
 from mmvae.hub import check_repo_id
+from mmvae.models.configuration import bind
 from mmvae.objectives import OBJECTIVES
 from mmvae.schedules import SCHEDULES
 
@@ -69,11 +69,11 @@ class RunArguments:
                 raise ValueError(f"{name}: received {getattr(self, name)!r}, expected one of {sorted(table)}")
         default = {f.name: f.default for f in fields(self)}
         for of, name in (("lr_schedule", "lr_options"), ("kl_schedule", "kl_options"), ("objective", "objective_options")):
-            given = _mapping(name, getattr(self, name))
-            meant_for_another = getattr(self, of) != default[of] and given == _mapping(name, default[name])
+            given = mapping(name, getattr(self, name))
+            meant_for_another = getattr(self, of) != default[of] and given == mapping(name, default[name])
             setattr(self, name, {} if meant_for_another else given)
-        _check_options("kl_options", SCHEDULES[self.kl_schedule], self.kl_options)
-        _check_options("objective_options", OBJECTIVES[self.objective], self.objective_options, given=("terms", "beta"))
+        bind("kl_options", SCHEDULES[self.kl_schedule], self.kl_options)
+        bind("objective_options", OBJECTIVES[self.objective], self.objective_options, given=("terms", "beta"))
         SCHEDULES[self.kl_schedule](**self.kl_options)  # checks the values
         if self.num_epochs is None and self.max_steps is None:
             raise ValueError("num_epochs and max_steps: received neither, expected one of them")
@@ -95,26 +95,22 @@ class RunArguments:
         options = self.objective_options
         if prior == "standard_normal" or not options.get("free_bits") or options.get("free_bits_per", "dimension") != "dimension":
             return
-        if options != _mapping("objective_options", type(self).objective_options):
+        if options != mapping("objective_options", type(self).objective_options):
             raise ValueError(f"objective_options: received {options} with prior {prior!r}, expected free_bits_per 'row' or 'batch'")
         self.objective_options = {"free_bits": latent_dim * options["free_bits"], "free_bits_per": "row"}
 
 
-def _mapping(name: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
+def mapping(name: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
+    """An option that takes options, from JSON or as it is.
+
+    Raises:
+        ValueError: naming the option, when it is no mapping.
+    """
     with contextlib.suppress(ValueError):
         value = json.loads(value) if isinstance(value, str) else value
     if not isinstance(value, Mapping):
         raise ValueError(f"""{name}: received {value!r}, expected a mapping, for example '{{"steps": 500}}'""")
     return dict(value)
-
-
-def _check_options(name: str, function: Callable, options: Mapping[str, Any], given: Sequence[str] = ()) -> None:
-    """Refuse what a function does not take, and what it lacks; ``given``: arguments that it will have anyway."""
-    try:
-        inspect.signature(function).bind(**dict.fromkeys(given), **options)
-    except TypeError as error:
-        names = [parameter for parameter in inspect.signature(function).parameters if parameter not in given]
-        raise ValueError(f"{name}: received {options}, expected parameters of {function.__name__}, {names} ({error})") from None
 
 
 _COUNTS = (

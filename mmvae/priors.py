@@ -51,6 +51,23 @@ class StandardNormal(Prior):
         return DiagNormal(zeros, zeros, len(self.event_shape))
 
 
+class LearnedNormal(Prior):
+    r""":math:`p(z) = \mathcal N(\mu, e^v)` with a learned mean and variance, N(0, I) at first."""
+
+    def build(self, num_components: int, pseudo_input_shape: tuple[int, ...]) -> None:
+        """Mean and log-variance, (*event)."""
+        self.loc = nn.Parameter(torch.empty(self.event_shape))
+        self.logvar = nn.Parameter(torch.empty(self.event_shape))
+
+    def reset_parameters(self) -> None:
+        """Mean 0, variance 1."""
+        nn.init.zeros_(self.loc), nn.init.zeros_(self.logvar)
+
+    def forward(self, encode: Encode, device: torch.device) -> Distribution:
+        """A DiagNormal of batch ()."""
+        return DiagNormal(self.loc, self.logvar, len(self.event_shape))
+
+
 class MixtureOfGaussians(Prior):
     r""":math:`p(z) = \sum_k w_k \mathcal N(\mu_k, e^{v_k})` with learned weights, means and log-variances."""
 
@@ -97,6 +114,7 @@ class VampPrior(Prior):
 
 PRIORS: dict[str, type[Prior]] = {
     "standard_normal": StandardNormal,
+    "learned_normal": LearnedNormal,
     "mixture": MixtureOfGaussians,
     "vamp": VampPrior,
 }

@@ -3,7 +3,9 @@
 Shapes: ``S`` samples, ``K`` components of the posterior, ``B`` batch, ``*event`` the latent's event, (D,) or (C, h, w).
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mmvae.aggregation import Posterior, alone
+from mmvae.density import Density
 from mmvae.distributions import DiagNormal
 from mmvae.likelihoods import Scale
 from mmvae.models.configuration import VAEConfig
@@ -31,6 +34,7 @@ class VAEOutput(ModelOutput):
         loss_rows: (B,), minus the objective.
         elbo: (B,), evidence lower bound at weight 1 and without free bits, whatever the objective was.
         log_px: (B,), log p(x|z), mean over samples.
+        log_px_by_modality: (B, M), the same for every modality of a joint model; 0 where one is not present.
         kl: (B,), KL(q(z|x) || p(z)) in closed form, or its estimate from the samples.
         latents: (B, *event), the first sample.
         latent_mean: (B, *event), the posterior's mean.
@@ -43,12 +47,22 @@ class VAEOutput(ModelOutput):
     loss_rows: Tensor | None = None
     elbo: Tensor | None = None
     log_px: Tensor | None = None
+    log_px_by_modality: Tensor | None = None
     kl: Tensor | None = None
     latents: Tensor | None = None
     latent_mean: Tensor | None = None
     latent_logvar: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Any = None
+
+
+@contextlib.contextmanager
+def seeded(generator: torch.Generator | None) -> Iterator[None]:
+    """Let torch's global generator follow ``generator`` meanwhile; no effect when None."""
+    with torch.random.fork_rng(enabled=generator is not None):
+        if generator is not None:
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+        yield
 
 
 def _at_least(name: str, value: int, least: int) -> None:
@@ -111,6 +125,10 @@ class VAE(PreTrainedModel):
         z = self._draw(q, num_samples, noise_key, sample, first)
         return Terms(z, self.log_px(z, q, **inputs), q, self.prior())
 
+    def weighted(self, terms: Terms) -> Terms:
+        """The terms as the objective sees them; figures see the true ones."""
+        return terms
+
     def bound(
         self,
         inputs: dict[str, Tensor],
@@ -133,10 +151,11 @@ class VAE(PreTrainedModel):
         _at_least("num_samples", num_samples, 1)
         q = self.posterior(**inputs)
         terms = self.terms(q, inputs, num_samples, noise_key, self.training if sample_posterior is None else sample_posterior)
-        loss_rows = -(objective or elbo)(terms, beta)
+        loss_rows = -(objective or elbo)(self.weighted(terms), beta)
         with torch.no_grad():
             weights = terms.weights().exp()
-            log_px = _weighted(weights, terms.likelihood()).mean(0)
+            each = [_weighted(weights, value).mean(0) for value in terms.log_px.values()]
+            log_px = torch.stack(each).sum(0)
             kl = _weighted(weights, kl_to_prior(terms)).mean(0)
             present = weights.argmax(0)  # a component that is not absent
         return VAEOutput(
@@ -144,6 +163,7 @@ class VAE(PreTrainedModel):
             loss_rows=loss_rows,
             elbo=log_px - kl,
             log_px=log_px,
+            log_px_by_modality=torch.stack(each, 1) if len(each) > 1 else None,
             kl=kl,
             latents=terms.z[0, present, torch.arange(len(present), device=present.device)],
             latent_mean=q.mixture.mean,
@@ -185,18 +205,24 @@ class VAE(PreTrainedModel):
             return components.mean.expand(num_samples, *components.batch_shape, *components.event_shape)
         if key is None:
             return q.mixture.stratified(num_samples)
-        samples = torch.arange(first, first + num_samples, device=key.device).unsqueeze(1)
-        noise = keyed_normal(fold(0, key, samples).flatten(), shape).unflatten(0, (num_samples, -1))
+        noise = self._normal(q.mixture, key, num_samples, first, shape)
         return q.mixture.stratified(num_samples, noise.movedim(2, 1))
+
+    def _normal(
+        self, like: Distribution, key: Tensor | None, num_samples: int, first: int, shape: tuple[int, ...], salt: int = 0
+    ) -> Tensor:
+        """Standard normal (S, B, *shape) for the B rows of ``like``, by (salt, key, number of the sample), or by torch's generator."""
+        rows = like.batch_shape[-1]
+        if key is None:
+            return torch.randn(num_samples, rows, *shape, device=self.device)
+        samples = torch.arange(first, first + num_samples, device=key.device).unsqueeze(1)
+        return keyed_normal(fold(salt, key, samples).flatten(), shape).unflatten(0, (num_samples, rows))
 
     @torch.no_grad()
     def sample_prior(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Latents from p(z), (num_samples, *event)."""
         _at_least("num_samples", num_samples, 1)
-        with torch.random.fork_rng(enabled=generator is not None):
-            if generator is not None:
-                seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-                torch.manual_seed(int(seed))
+        with seeded(generator):
             z = self.prior().sample(torch.Size([num_samples]))
         return z.flatten(0, -1 - len(self.prior().event_shape))
 
@@ -247,7 +273,7 @@ class VAE(PreTrainedModel):
         elif isinstance(module, nn.GRU):
             for parameter in module.parameters():
                 nn.init.uniform_(parameter, -1 / math.sqrt(module.hidden_size), 1 / math.sqrt(module.hidden_size))
-        elif isinstance(module, Scale | Prior):
+        elif isinstance(module, Scale | Prior | Density):
             module.reset_parameters()
         else:
             super()._init_weights(module)

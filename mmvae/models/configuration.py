@@ -2,14 +2,18 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import field, fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
+from mmvae.aggregation import AGGREGATIONS
+from mmvae.objectives import OBJECTIVES
 from mmvae.priors import PRIORS
 
 # Names that transformers itself hands to a config beside its fields.
@@ -33,6 +37,28 @@ _FOREIGN = {
 }
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that a misspelt one probably meant."""
+    return difflib.get_close_matches(name, list(known), 1, 0.0)[0]
+
+
+def prefixes(input_names: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """What each modality of a joint model puts before the names of its inputs: its own name where another one has an input so called.
+
+    Arguments:
+        input_names: of each modality.
+
+    Returns:
+        A modality's name, or "" where its inputs keep their bare names.
+
+    Example:
+        >>> prefixes({"en": ["input_ids"], "de": ["input_ids"], "image": ["pixel_values"]})
+        {'en': 'en', 'de': 'de', 'image': ''}
+    """
+    counts = Counter(name for names in input_names.values() for name in set(names))
+    return {modality: modality if any(counts[name] > 1 for name in names) else "" for modality, names in input_names.items()}
+
+
 @strict
 class VAEConfig(PreTrainedConfig):
     """What the configurations of all VAEs share. A name that is not a field is an error that names the nearest field.
@@ -54,8 +80,9 @@ class VAEConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         known = {f.name for f in fields(self)}
         for name in kwargs.keys() - _FOREIGN:
-            nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            raise ValueError(f"{type(self).__name__}: unknown field {name!r} = {kwargs[name]!r}; the nearest one is {nearest!r}")
+            raise ValueError(
+                f"{type(self).__name__}: unknown field {name!r} = {kwargs[name]!r}; the nearest one is {nearest(name, known)!r}"
+            )
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -73,6 +100,136 @@ class VAEConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 expected = ", ".join(map(repr, allowed))
                 raise ValueError(f"{type(self).__name__}.{name}: received {getattr(self, name)!r}, expected one of {expected}")
+
+
+@strict
+class MMVAEConfig(VAEConfig):
+    """Configuration of an :class:`mmvae.models.mmvae.MMVAE`: modalities x aggregation x objective x prior.
+
+    Arguments:
+        modalities: the configurations of the children by name, in the order of the columns of ``present``; names are identifiers. Their
+            own priors are not used.
+        latent_dim: D of the shared latent; None where all modalities have the same, which is it. A wider modality keeps its last
+            dimensions to itself.
+        aggregation: a key of ``mmvae.aggregation.AGGREGATIONS``.
+        aggregation_options: its arguments.
+        objective: a key of ``mmvae.objectives.OBJECTIVES``: what ``forward`` minimises when it is told nothing else.
+        objective_options: its arguments.
+        likelihood_weights: weight of a modality's log-likelihood in the objective, by name; 1 where not named. Figures know no weights.
+        draw: which components of the posterior are decoded: "all", "one" drawn per row, or "auto": all up to 4.
+        densities: options of what :func:`mmvae.density_fitting.fit_densities` fits after training, by name: "shared",
+            p(z); "shared_given_<modality>", p(z|x_m); "private_<modality>", p(w_m|z). See ``mmvae.densities.build_density``.
+    """
+
+    model_type = "mmvae"
+
+    latent_dim: int | None = None
+    modalities: dict[str, Any] = field(default_factory=dict)
+    aggregation: str = "mopoe"
+    aggregation_options: dict[str, Any] = field(default_factory=dict)
+    objective: str = "elbo"
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    likelihood_weights: dict[str, float | int] = field(default_factory=dict)
+    draw: str = "auto"
+    densities: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    choices: ClassVar[dict[str, Sequence[Any]]] = VAEConfig.choices | {
+        "aggregation": tuple(AGGREGATIONS),
+        "objective": tuple(OBJECTIVES),
+        "draw": ("auto", "all", "one"),
+    }
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.modalities = {name: _child(name, child) for name, child in self.modalities.items()}
+        if self.latent_dim is None and self.modalities:
+            dims = {name: child.latent_dim for name, child in self.modalities.items()}
+            if len(set(dims.values())) > 1:
+                raise ValueError(f"MMVAEConfig.latent_dim: received None with modalities of latent_dim {dims}, expected the shared size")
+            self.latent_dim = next(iter(dims.values()))
+        super().__post_init__(**kwargs)
+
+    @property
+    def private_dims(self) -> dict[str, int]:
+        """Size of w_m of every modality that has one."""
+        dims = {name: child.latent_dim - self.latent_dim for name, child in self.modalities.items()}
+        return {name: dim for name, dim in dims.items() if dim}
+
+    def validate_architecture(self) -> None:
+        """Check the fields; see :meth:`VAEConfig.validate_architecture`."""
+        super().validate_architecture()
+        for name, child in self.modalities.items():
+            if child.latent_dim < self.latent_dim:
+                expected = f"expected at least the shared {self.latent_dim}"
+                raise ValueError(f"MMVAEConfig.modalities[{name!r}].latent_dim: received {child.latent_dim}, {expected}")
+            if getattr(child, "prior", "standard_normal") != "standard_normal":
+                raise ValueError(
+                    f"MMVAEConfig.modalities[{name!r}].prior: received {child.prior!r}, expected none: the prior is the joint's"
+                )
+        bind("MMVAEConfig.aggregation_options", AGGREGATIONS[self.aggregation], self.aggregation_options, ("experts", "visible", "prior"))
+        bind("MMVAEConfig.objective_options", OBJECTIVES[self.objective], self.objective_options, ("terms", "beta"))
+        if self.objective == "mmvm" and self.aggregation != "moe":
+            raise ValueError(f"MMVAEConfig.aggregation: received {self.aggregation!r} with objective 'mmvm', expected 'moe'")
+        for name, weight in self.likelihood_weights.items():
+            if name not in self.modalities:
+                raise ValueError(f"MMVAEConfig.likelihood_weights: received {name!r}, expected one of {list(self.modalities)}")
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"MMVAEConfig.likelihood_weights[{name!r}]: received {weight!r}, expected a number of at least 0")
+        self.refuse_densities(self.densities)
+
+    def density_dims(self, name: str) -> tuple[int, int]:
+        """Size of what a density is over, and of what it is conditioned on."""
+        if name.startswith("private_"):
+            return self.private_dims[name.removeprefix("private_")], self.latent_dim
+        return self.latent_dim, 2 * self.latent_dim if name.startswith("shared_given_") else 0
+
+    def refuse_densities(self, names: Iterable[str]) -> None:
+        """A ValueError that names a density which a model of this configuration cannot have."""
+        known = ["shared", *(f"shared_given_{name}" for name in self.modalities), *(f"private_{name}" for name in self.private_dims)]
+        for name in names:
+            if name not in known:
+                raise ValueError(f"MMVAEConfig.densities: received {name!r}, expected one of {known}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the children's too."""
+        values = super().to_dict()
+        return values | {"modalities": {name: _plain(child) for name, child in self.modalities.items()}}
+
+
+def _child(name: str, child: Any) -> PreTrainedConfig:
+    """A child's configuration, from one, or from its fields with their ``model_type``."""
+    if not name.isidentifier():
+        raise ValueError(f"MMVAEConfig.modalities: received the name {name!r}, expected letters, digits and underscores")
+    if isinstance(child, PreTrainedConfig):
+        return child
+    if not isinstance(child, Mapping) or "model_type" not in child:
+        raise ValueError(f"MMVAEConfig.modalities[{name!r}]: received {child!r}, expected a configuration, or its fields with a model_type")
+    try:
+        return AutoConfig.for_model(**child)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"MMVAEConfig.modalities[{name!r}]: {error}") from error
+
+
+def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
+
+
+def bind(name: str, function: Callable, options: Mapping[str, Any], given: Sequence[str] = ()) -> None:
+    """Refuse options that a function does not take, and the lack of ones that it needs.
+
+    Arguments:
+        name: of the options, for the error.
+        function: that they are meant for.
+        options: by name.
+        given: arguments that it will have anyway.
+
+    Raises:
+        ValueError: naming the options and the function's parameters.
+    """
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(given), **options)
+    except TypeError as error:
+        names = [parameter for parameter in inspect.signature(function).parameters if parameter not in given]
+        raise ValueError(f"{name}: received {dict(options)}, expected parameters of {function.__name__}, {names} ({error})") from None
 
 
 # What transformers' Trainer, collators, tokenizers, pipelines and generation hand to any model's forward, needed or not.
@@ -107,5 +264,5 @@ def refuse_unknown(module: nn.Module, received: Mapping[str, Any]) -> None:
         TypeError: naming the argument and the parameter nearest to it.
     """
     for name in received.keys() - FOREIGN_ARGUMENTS:
-        nearest = difflib.get_close_matches(name, inspect.signature(module.forward).parameters.keys() - {"kwargs"}, 1, 0.0)[0]
-        raise TypeError(f"{type(module).__name__}.forward: unknown argument {name!r}; the nearest one is {nearest!r}")
+        known = inspect.signature(module.forward).parameters.keys() - {"kwargs"}
+        raise TypeError(f"{type(module).__name__}.forward: unknown argument {name!r}; the nearest one is {nearest(name, known)!r}")

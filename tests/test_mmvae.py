@@ -1,0 +1,345 @@
+"""The joint model: what is hidden was never there, rows are alone, the order of modalities means nothing, and bounds are bounds."""
+
+import json
+
+import pytest
+import torch
+from linear_gaussian import WIDTH, LinearGaussian, LinearGaussianConfig
+from test_models import IMAGE, TEXT, pictures, sentences
+from transformers import AutoConfig, AutoModel
+
+from mmvae import MMVAE, ImageVAE, ImageVAEConfig, MMVAEConfig, TextVAEConfig
+from mmvae.noise import fold
+from mmvae.objectives import OBJECTIVES
+
+AutoConfig.register("linear_gaussian", LinearGaussianConfig, exist_ok=True)
+AutoModel.register(LinearGaussianConfig, LinearGaussian, exist_ok=True)
+
+AGGREGATIONS = {
+    "poe": {},
+    "moe": {},
+    "mopoe": {},
+    "mixture": {"subsets": [["image"], ["image", "text"]]},
+}
+
+
+def joint(private: int = 0, image: dict | None = None, text: dict | None = None, **options) -> MMVAE:
+    """A small model of a picture and a caption."""
+    torch.manual_seed(0)
+    dims = {"latent_dim": 3 + private}
+    both = {"image": ImageVAEConfig(**IMAGE | dims | (image or {})), "text": TextVAEConfig(**TEXT | dims | (text or {}))}
+    return MMVAE(MMVAEConfig(modalities=both, latent_dim=3, prior_components=4, **options)).eval()
+
+
+def batch(rows: int = 5) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return pictures(rows) | sentences(rows)
+
+
+PRESENT = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [0, 1]]).bool()
+KEYS = fold(0, torch.arange(5))
+CASES = {
+    "poe": {"aggregation": "poe", "aggregation_options": {"prior_expert": True}},
+    "moe, drawn": {"aggregation": "moe", "draw": "one"},
+    "mopoe, private": {"private": 2, "aggregation": "mopoe"},
+    "mopoe, private, drawn": {"private": 2, "aggregation": "mopoe", "draw": "one"},
+    "mixture prior": {"aggregation": "mopoe", "prior": "mixture"},
+    "vamp prior": {"aggregation": "poe", "prior": "vamp"},
+}
+
+
+@pytest.fixture(params=CASES)
+def model(request) -> MMVAE:
+    return joint(**CASES[request.param])
+
+
+def perturb(model: MMVAE) -> MMVAE:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return model
+
+
+def test_output(model):
+    out = model(**batch(), present=PRESENT)
+    assert next(iter(out)) == "loss"
+    torch.testing.assert_close(out.loss, out.loss_rows.mean())
+    torch.testing.assert_close(out.elbo, out.log_px - out.kl)
+    torch.testing.assert_close(out.log_px, out.log_px_by_modality.sum(1))
+    assert ((out.log_px_by_modality == 0) == ~PRESENT).all()
+    assert out.latents.shape == out.latent_mean.shape == (5, 3)
+    assert isinstance(model(**batch(), return_dict=False), tuple)
+    again = model(**batch(), present=PRESENT)
+    assert all(torch.equal(out[name], again[name]) for name in out)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_hiding_a_modality_equals_never_having_had_it(model, training):
+    model.train(training)
+    inputs, options = batch(), {"noise_key": KEYS, "sample_posterior": True, "num_samples": 2}
+    for m, names in enumerate((("pixel_values",), ("input_ids", "attention_mask"))):
+        mask = torch.zeros(5, 2, dtype=torch.bool)
+        mask[:, m] = True
+        hidden = model(**inputs, present=mask, **options)
+        never = model(**{name: inputs[name] for name in names}, **options)
+        for name in ("loss_rows", "elbo", "log_px", "latent_mean", "latent_logvar"):
+            torch.testing.assert_close(hidden[name], never[name])
+
+
+def test_what_is_missing_may_hold_anything_and_takes_no_gradient(model):
+    inputs = batch()
+    other = {name: value.clone() for name, value in inputs.items()}
+    other["pixel_values"][~PRESENT[:, 0]] = 255
+    other["input_ids"][~PRESENT[:, 1]] = 1
+    model.train()
+    losses, grads = [], []
+    for given in (inputs, other):
+        model.zero_grad()
+        out = model(**given, present=PRESENT, noise_key=KEYS)
+        out.loss.backward()
+        losses.append(out.loss_rows.detach())
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(*losses)
+    for name, grad in grads[0].items():
+        assert grad is not None, name
+        torch.testing.assert_close(grad, grads[1][name], msg=name)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_every_parameter_keeps_its_gradient_where_a_batch_lacks_a_modality(missing):
+    """Else one of two ranks waits for a gradient that the other never has."""
+    model = joint(private=2).train()
+    present = torch.ones(5, 2, dtype=torch.bool)
+    present[:, missing] = False
+    model(**batch(), present=present).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    child = list(model.vaes.values())[missing]
+    assert all((p.grad == 0).all() for n, p in child.named_parameters() if not n.startswith("latent_prior"))
+
+
+def test_drawing_one_component_gives_the_value_of_all_on_average():
+    means = []
+    for draw in ("all", "one"):
+        model = perturb(joint(aggregation="mopoe", draw=draw, objective_options={"divergence": "components"}))
+        options = {"noise_key": KEYS, "sample_posterior": True, "num_samples": 200, **batch()}
+        with torch.no_grad():
+            means.append(model(**options, present=PRESENT).loss_rows)
+    torch.testing.assert_close(*means, rtol=0.02, atol=0.5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_row_does_not_depend_on_the_rows_beside_it(name):
+    aggregation = {"mmvm": "moe", "jmvae": "poe", "mvtcae": "poe"}.get(name, "mopoe")
+    model, inputs = perturb(joint(aggregation=aggregation, objective=name, private=1)), batch()
+    options = {"noise_key": KEYS, "sample_posterior": True, "num_samples": 2}
+    whole = model(**inputs, present=PRESENT, **options)
+    order = torch.tensor([4, 0, 2])
+    options["noise_key"] = KEYS[order]
+    part = model(**{k: v[order] for k, v in inputs.items()}, present=PRESENT[order], **options)
+    for key in ("loss_rows", "elbo", "latent_mean"):
+        torch.testing.assert_close(part[key], whole[key][order], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_order_of_modalities_means_nothing(aggregation):
+    model = perturb(joint(aggregation=aggregation, aggregation_options=AGGREGATIONS[aggregation]))
+    config = MMVAEConfig(**{**model.config.to_dict(), "modalities": dict(reversed(model.config.modalities.items()))})
+    turned = MMVAE(config).eval()
+    turned.load_state_dict(model.state_dict())
+    out, other = model(**batch(), present=PRESENT), turned(**batch(), present=PRESENT.flip(1))
+    for name in ("loss_rows", "elbo", "latent_mean", "latent_logvar"):
+        torch.testing.assert_close(out[name], other[name])
+
+
+def test_keyed_likelihoods_do_not_depend_on_the_chunks(model):
+    options = {"num_samples": 6, "noise_key": KEYS, "present": PRESENT, **batch()}
+    torch.testing.assert_close(
+        model.log_marginal(chunk_size=1, **options), model.log_marginal(chunk_size=6, **options), rtol=1e-5, atol=1e-4
+    )
+
+
+def linear_joint(**options) -> tuple[MMVAE, dict[str, torch.Tensor], LinearGaussian]:
+    """Two linear-Gaussian modalities; also the single model of both together: that is linear-Gaussian too."""
+    children = {name: LinearGaussianConfig() for name in ("a", "b")}
+    model = MMVAE(MMVAEConfig(modalities=children, **options)).double().eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for vae in model.vaes.values():
+            vae.bias.add_(torch.randn(WIDTH, generator=generator, dtype=torch.float64))
+    inputs = {f"{name}_values": torch.randn(6, WIDTH, generator=generator, dtype=torch.float64) for name in children}
+    return model, inputs
+
+
+def exact(model: MMVAE, inputs: dict[str, torch.Tensor], names: tuple[str, ...] = ("a", "b")) -> torch.Tensor:
+    weight = torch.cat([model.vaes[name].weight for name in names]).detach()
+    bias = torch.cat([model.vaes[name].bias for name in names]).detach()
+    covariance = weight @ weight.T + 0.36 * torch.eye(len(weight), dtype=torch.float64)
+    values = torch.cat([inputs[f"{name}_values"] for name in names], 1)
+    return torch.distributions.MultivariateNormal(bias, covariance).log_prob(values)
+
+
+def test_importance_sampling_finds_the_exact_likelihood_of_a_linear_gaussian_model():
+    for options in ({"aggregation": "poe"}, {"aggregation": "mopoe"}, {"aggregation": "mopoe", "draw": "one"}):
+        model, inputs = linear_joint(**options)
+        found = model.log_marginal(num_samples=4000, noise_key=torch.arange(6), **inputs)
+        torch.testing.assert_close(found.double(), exact(model, inputs), atol=0.1, rtol=0)
+        single = model.log_marginal(num_samples=10, noise_key=torch.arange(6), a_values=inputs["a_values"])
+        torch.testing.assert_close(single.double(), exact(model, inputs, ("a",)), atol=1e-3, rtol=0)  # its expert is exact
+    conditional = model.log_conditional("b", num_samples=4000, noise_key=torch.arange(6), **inputs)
+    torch.testing.assert_close(conditional.double(), exact(model, inputs) - exact(model, inputs, ("a",)), atol=0.1, rtol=0)
+    with torch.no_grad():
+        bounds = [model(**inputs, noise_key=fold(n, torch.arange(6)), sample_posterior=True).elbo for n in range(200)]
+    assert (torch.stack(bounds).mean(0) < exact(model, inputs) + 0.05).all()
+
+
+def test_private_latents_come_from_the_auxiliary_prior_where_z_came_from_elsewhere():
+    model = perturb(joint(private=2, aggregation="moe")).train()
+    inputs = batch()
+    seen = {}
+    for name, vae in model.vaes.items():
+        decode = vae.decode
+        vae.decode = lambda z, name=name, decode=decode: seen.__setitem__(name, z) or decode(z)
+    with torch.no_grad():
+        model.auxiliary["image"].loc.fill_(50.0)
+        model(**inputs, noise_key=KEYS)
+    z = seen["image"]  # components: from the image, from the text
+    assert (z[:, 0, :, 3:].abs() < 20).all()
+    assert (z[:, 1, :, 3:] > 40).all()
+    model.eval()(**inputs, noise_key=KEYS, sample_posterior=True)
+    assert (seen["image"][..., 3:].abs() < 20).all()  # figures are true bounds
+
+
+def test_names_of_inputs():
+    assert joint().input_names == ("pixel_values", "input_ids", "attention_mask", "present", "visible")
+    two = MMVAE(MMVAEConfig(modalities={"en": TextVAEConfig(**TEXT), "de": TextVAEConfig(**TEXT)})).eval()
+    assert two.input_names[:3] == ("en_input_ids", "en_attention_mask", "de_input_ids")
+    words = sentences(4)
+    named = {f"en_{name}": value for name, value in words.items()}
+    assert two(**named).loss.isfinite()
+    with pytest.raises(TypeError, match=r"unknown input 'input_ids'; the nearest one is '.._input_ids'"):
+        two(**words)
+    one, inputs = joint(), batch()
+    prefixed = {
+        "image_pixel_values": inputs["pixel_values"],
+        "text_input_ids": inputs["input_ids"],
+        "text_attention_mask": inputs["attention_mask"],
+    }
+    assert torch.equal(one(**inputs).loss, one(**prefixed).loss)
+
+
+def test_generation_of_anything_from_anything(model):
+    inputs = batch()
+    for given, rows in (({}, 3), ({"pixel_values": inputs["pixel_values"]}, 15), ({"input_ids": inputs["input_ids"]}, 15), (inputs, 15)):
+        made = model.generate(["image", "text"], num_samples=3, **given, max_new_tokens=4)
+        assert made["image"].shape == (rows, 1, 16, 16)
+        assert made["text"].shape[0] == rows
+    first, again, other = (
+        model.generate("image", 2, torch.Generator().manual_seed(seed), input_ids=inputs["input_ids"]) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    fixed = [model.generate("image", sample=False, **inputs) for _ in range(2)]
+    assert torch.equal(*fixed)
+    assert torch.equal(fixed[0], model.reconstruct("image", **inputs))
+    mixed = model.generate("text", **inputs, present=PRESENT, max_new_tokens=3)
+    assert len(mixed) == 5
+    assert len(model.interpolate(torch.zeros(2, 3), torch.ones(2, 3), 4, target="image")) == 8
+    assert set(model.sample(2, max_new_tokens=3)) == {"image", "text"}
+    nearest = model.retrieve({"pixel_values": inputs["pixel_values"]}, {"input_ids": inputs["input_ids"]}, 2)
+    assert nearest.shape == (5, 2)
+
+
+def test_save_and_load(model, tmp_path):
+    perturb(model)
+    expected = model(**batch())
+    model.save_pretrained(tmp_path)
+    again, info = MMVAE.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert again.config.to_json_string() == model.config.to_json_string()
+    received = again(**batch())
+    assert all(torch.equal(received[name], expected[name]) for name in expected)
+    assert type(AutoModel.from_pretrained(tmp_path)) is MMVAE
+    assert json.loads((tmp_path / "config.json").read_text())["modalities"]["text"]["vocab_size"] == 20
+
+
+def test_tied_words_stay_tied(tmp_path):
+    model = joint(text={"tie_word_embeddings": True})
+    model.save_pretrained(tmp_path)
+    again = MMVAE.from_pretrained(tmp_path)
+    text = again.vaes["text"]
+    assert text.lm_head.weight.data_ptr() == text.decoder.embed_tokens.weight.data_ptr()
+    assert torch.equal(again(**batch()).loss, model(**batch()).loss)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modalities": {}}, "modalities: received none"),
+        ({"modalities": {"image": {"latent_dim": 3}}}, r"modalities\['image'\]: received .* model_type"),
+        ({"modalities": {"an image": ImageVAEConfig(**IMAGE)}}, "modalities: received the name 'an image'"),
+        ({"modalities": {"image": ImageVAEConfig(**IMAGE | {"prior": "vamp"})}}, r"modalities\['image'\].prior: received 'vamp'"),
+        ({"modalities": {"a": ImageVAEConfig(**IMAGE), "b": TextVAEConfig(**TEXT | {"latent_dim": 9})}}, "latent_dim: received None with"),
+        ({"latent_dim": 4}, r"modalities\['image'\].latent_dim: received 3, expected at least the shared 4"),
+        ({"aggregation": "mopo"}, "aggregation: received 'mopo', expected one of 'poe'"),
+        ({"aggregation_options": {"subset": 1}}, "aggregation_options: received .*parameters of mopoe"),
+        ({"objective_options": {"free": 1}}, "objective_options: received .*parameters of elbo"),
+        ({"likelihood_weights": {"txt": 1.0}}, "likelihood_weights: received 'txt', expected one of"),
+        ({"likelihood_weights": {"text": -1.0}}, r"likelihood_weights\['text'\]: received -1.0"),
+        ({"densities": {"shard": {}}}, "densities: received 'shard', expected one of"),
+        ({"agregation": "poe"}, "unknown field 'agregation'.*'aggregation'"),
+        ({"modalities": {"image": {"model_type": "image_vae", "num_channel": 1}}}, r"modalities\['image'\].*num_channel"),
+        (
+            {"modalities": {"image": ImageVAEConfig(**IMAGE | {"spatial_latent": True})}},
+            r"modalities\['image'\]: received a latent of shape",
+        ),
+    ],
+)
+def test_a_wrong_configuration_is_refused_before_any_work(change, message):
+    both = {"image": ImageVAEConfig(**IMAGE), "text": TextVAEConfig(**TEXT)}
+    with pytest.raises(Exception, match=message):
+        MMVAE(MMVAEConfig(**{"modalities": both} | change))
+
+
+def test_a_changed_child_is_named_when_it_is_loaded(tmp_path):
+    joint().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["modalities"]["text"]["hidden_size"] = "many"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Exception, match=r"modalities\['text'\].*hidden_size"):
+        MMVAE.from_pretrained(tmp_path)
+
+
+def test_wrong_inputs_are_named():
+    model, inputs = joint(), batch()
+    for call in (model, model.posterior, model.log_marginal):
+        with pytest.raises(ValueError, match="inputs: received none of any modality"):
+            call()
+        with pytest.raises(TypeError, match="unknown input 'pixel_value'; the nearest one is 'pixel_values'"):
+            call(pixel_value=inputs["pixel_values"])
+        with pytest.raises(ValueError, match=r"present: received shape \(5, 3\), expected \(rows, modalities\) = \(5, 2\)"):
+            call(**inputs, present=torch.ones(5, 3))
+        with pytest.raises(ValueError, match=r"present: received True for \['text'\]"):
+            call(pixel_values=inputs["pixel_values"], present=torch.ones(5, 2))
+        with pytest.raises(ValueError, match="different numbers of rows"):
+            call(**inputs | {"pixel_values": inputs["pixel_values"][:2]})
+    with pytest.raises(ValueError, match=r"target: received 'audio', expected one of \['image', 'text'\]"):
+        model.generate("audio", **inputs)
+    with pytest.raises(TypeError, match="generate: received 'max_tokens'"):
+        model.generate("image", **inputs, max_tokens=3)
+
+
+def test_likelihood_weights_change_the_loss_and_no_figure():
+    plain, heavy = joint(), joint(likelihood_weights={"text": 10.0})
+    out, other = plain(**batch()), heavy(**batch())
+    torch.testing.assert_close(out.elbo, other.elbo)
+    torch.testing.assert_close(other.loss_rows - out.loss_rows, -9 * out.log_px_by_modality[:, 1], rtol=1e-4, atol=1e-3)
+
+
+def test_a_child_loads_alone_from_its_part_of_the_joint_model(tmp_path):
+    model = perturb(joint())
+    model.vaes["image"].save_pretrained(tmp_path)
+    image = ImageVAE.from_pretrained(tmp_path)
+    pixels = batch()["pixel_values"]
+    assert torch.equal(image.encode(pixels).mean, model.posterior(pixel_values=pixels).experts["image"].mean)
