@@ -2,7 +2,7 @@
 
 from mmvae.data.augmentation import Augmentation
 from mmvae.data.batches import Loader
-from mmvae.data.columns import Column, ImageColumn, LabelColumn, TextColumn
+from mmvae.data.columns import Column, ImageColumn, LabelColumn, TextColumn, as_modalities
 from mmvae.data.loading import find_classes, find_column, load_rows, splits
 from mmvae.data.rows import BadRow, Rows, texts_of
 from mmvae.data.sprites import Sprites, parse_caption, sprites
@@ -17,6 +17,7 @@ __all__ = [
     "Rows",
     "Sprites",
     "TextColumn",
+    "as_modalities",
     "find_classes",
     "find_column",
     "load_rows",

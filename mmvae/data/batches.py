@@ -128,18 +128,18 @@ class Loader:
             yield {name: tensor.pin_memory() for name, tensor in batch.items()} if pin else batch
 
     def _indexed(self, epoch: int, start: int) -> Iterator[_Share]:
-        for batch in self._order(torch.arange(self.num_rows), self.rows.lengths, epoch)[start:]:
-            mine, weight = self._share(batch)
+        for batch in self._order(self.rows.numbers, self.rows.lengths, epoch)[start:]:
+            mine, weight = self._share(self.rows.numbers[batch])
             yield _Share(mine, fold(self.seed, _AUGMENTATION, epoch, mine), weight, len(batch))
 
     def _streamed(self, epoch: int, start: int) -> Iterator[_Share]:
         """Shares of a stream, shuffled within blocks of ``pool`` batches; every rank walks the whole stream undecoded."""
         size = max(self.pool, 1)
-        for block, values in enumerate(_blocks(self.rows.stream(), size * self.batch_size)):
+        for block, read in enumerate(_blocks(self.rows.stream(), size * self.batch_size)):
             if (block + 1) * size <= start:
                 continue
-            rows = torch.arange(len(values)) + block * size * self.batch_size
-            lengths = torch.tensor([self.rows.text_length(value) for value in values])
+            numbers, values, lengths = zip(*read, strict=True)
+            rows, lengths = torch.tensor(numbers), torch.tensor(lengths)
             for batch in self._order(rows, lengths if lengths.any() else None, epoch)[max(start - block * size, 0) :]:
                 mine, weight = self._share(batch)
                 raw = {name: [values[i][name] for i in mine.tolist()] for name in values[0]}

@@ -9,8 +9,8 @@ Shapes: ``B`` batch, ``C,H,W`` picture, ``T`` tokens of the longest row in the b
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmvae.data.augmentation import NO_AUGMENTATION, Augmentation
 from mmvae.data.images import MODES, RESIZES, open_image, resize, to_pixels
+from mmvae.models.configuration import prefixes
 
 
 class Tokenizer(Protocol):
@@ -72,6 +73,8 @@ class Column(ABC):
 
     name: str
     prefix: str  # of the inputs' names: a joint model's modality, or empty
+    modality: str = ""  # that the column is in a joint model: there a row may lack it; a column that is none may not
+    input_names: tuple[str, ...] = ()  # that ``collate`` gives
     shape: tuple[int, ...] | None = None  # of one prepared row; None where rows differ in length
     dtype: torch.dtype = torch.uint8
 
@@ -86,6 +89,10 @@ class Column(ABC):
     @abstractmethod
     def collate(self, packed: Tensor | Ragged, keys: Tensor) -> dict[str, Tensor]:
         """Inputs of the model; ``keys`` (B,) int64 are all the randomness there is."""
+
+    def filler(self) -> np.ndarray:
+        """What stands, prepared, where a row lacks the column: finite and of a valid shape. Zeros where rows have one shape."""
+        return torch.zeros(self.shape, dtype=self.dtype).numpy()
 
     def settings(self) -> str:
         """What besides the raw data decides the model's inputs, as text for a fingerprint."""
@@ -107,6 +114,7 @@ class ImageColumn(Column):
         formats: encodings that may be decoded; "BMP", "GIF", "TIFF" are among those that can be added.
         max_pixels: the largest width x height that is decoded.
         prefix: put before the names of the inputs: "en" gives ``en_pixel_values``.
+        modality: name in a joint model; see `as_modalities`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -121,6 +129,8 @@ class ImageColumn(Column):
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
     max_pixels: int = 16_000_000
     prefix: str = ""
+    modality: str = field(default="", repr=False)  # fingerprints are made of the repr; `Rows` adds the modalities
+    input_names = ("pixel_values",)
 
     def __post_init__(self) -> None:
         size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
@@ -164,6 +174,7 @@ class TextColumn(Column):
         max_length: the most tokens that a row may have, BOS and EOS included.
         truncate: cut longer rows, keeping EOS, and count them in ``num_truncated``; otherwise a longer row is an error.
         prefix: put before the names of the inputs: "en" gives ``en_input_ids``.
+        modality: name in a joint model; see `as_modalities`.
 
     Raises:
         ValueError: the tokenizer lacks a token, or ``max_length`` < 2.
@@ -174,7 +185,9 @@ class TextColumn(Column):
     max_length: int = 1024
     truncate: bool = False
     prefix: str = ""
+    modality: str = field(default="", repr=False)
     num_truncated: int = field(default=0, init=False, repr=False)
+    input_names = ("input_ids", "attention_mask")
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -218,10 +231,31 @@ class TextColumn(Column):
         ids, mask = packed.padded(self._pad)
         return {"input_ids": ids, "attention_mask": mask}
 
+    def filler(self) -> np.ndarray:
+        """The shortest row there is, BOS EOS."""
+        return np.array([self._bos, self._eos], np.int32)
+
     def settings(self) -> str:
         """The fields and a digest of the vocabulary."""
         vocabulary = repr(sorted(self.tokenizer.get_vocab().items())).encode("utf-8", "surrogatepass")
         return f"{self!r} {hashlib.sha256(vocabulary).hexdigest()}"
+
+
+def as_modalities(columns: Mapping[str, Column]) -> list[Column]:
+    """The columns of a joint model: each bears its modality's name, before its inputs' names too where another one has inputs so called.
+
+    Arguments:
+        columns: by modality, in the order of the model's.
+
+    Returns:
+        Copies with ``modality`` and ``prefix`` set.
+
+    Example:
+        >>> [column.prefix for column in as_modalities({"photo": ImageColumn("image", 64), "sketch": ImageColumn("drawing", 64)})]
+        ['photo', 'sketch']
+    """
+    before = prefixes({name: column.input_names for name, column in columns.items()})
+    return [replace(column, modality=name, prefix=before[name]) for name, column in columns.items()]
 
 
 def check_text(value: Any) -> None:

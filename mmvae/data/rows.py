@@ -3,6 +3,9 @@ r"""A data set seen through columns: raw rows in, the model's inputs out.
 A map-style set is prepared once: text and labels always, pictures while they fit in ``memory_limit``; larger pictures
 are decoded when a batch asks for them. A stream (`datasets.IterableDataset`) is prepared batch by batch. Either way a
 row is decoded in one place, `Rows.batch`.
+
+In the columns that are modalities of a joint model a ``None`` is a modality that the row lacks: every batch holds every
+input, with fillers where it is absent, and ``present`` (B,M) says what is there. An empty text is a text.
 """
 
 import hashlib
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from mmvae.data.columns import Column, Ragged, check_text
 from mmvae.data.loading import content_fingerprint, features_of
+from mmvae.data.missing import check_drop, hide
 from mmvae.data.sprites import Sprites
 
 logger = logging.getLogger(__name__)
@@ -38,27 +42,102 @@ class Rows:
         name: what the data set is called in errors, and for a stream what its fingerprint is made of: the id or path
             it was loaded from.
         memory_limit: bytes that prepared pictures may take; 0 decodes them whenever a batch asks.
+        drop: how often a modality is hidden on purpose, by name; see `mmvae.data.missing.hide`.
+        drop_seed: decides in which rows.
+        on_empty: what is done with a row that has no modality at all: "error", or "skip", which counts it in ``num_skipped``.
+        complete: keep only rows that have every modality, after hiding; the others are not counted as skipped.
 
-    Rows that a `TextColumn` cut are told in one warning: their number, or for a stream that there are some.
+    Attributes of a map-style set: ``num_rows`` that are kept, their ``numbers`` (N,) int64 in the data set, the lengths of
+    their text (N,) int64 in tokens. Rows that a `TextColumn` cut are told in one warning: their number, or for a stream
+    that there are some; so are rows that are skipped.
 
     Raises:
         BadRow: a row that was prepared now is bad.
-        ValueError: no rows, or a column that does not exist.
+        ValueError: no rows, a column that does not exist, two modalities of one name, or an option outside its range.
     """
 
-    def __init__(self, dataset: Any, columns: Column | Sequence[Column], *, name: str = "data", memory_limit: int = 2**30) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        columns: Column | Sequence[Column],
+        *,
+        name: str = "data",
+        memory_limit: int = 2**30,
+        drop: Mapping[str, float] | None = None,
+        drop_seed: int = 0,
+        on_empty: str = "error",
+        complete: bool = False,
+    ) -> None:
         self.columns = [columns] if isinstance(columns, Column) else list(columns)
-        self.name = name
+        self.modalities = tuple(column.modality for column in self.columns if column.modality)
+        self.name, self._drop, self._drop_seed, self._on_empty, self._complete = name, dict(drop or {}), drop_seed, on_empty, complete
+        self._check_options()
         self.streamed = isinstance(dataset, datasets.IterableDataset)
         self._dataset = _raw(dataset, self.columns, name)
         self._told: set[int] = set()
-        self.num_rows: int | None = None if self.streamed else len(dataset)
-        if self.num_rows == 0:
-            raise ValueError(f"{name} has no rows, expected at least 1")
-        self._memory = {} if self.streamed else self._prepare_all(memory_limit)
-        ragged = [packed.lengths for packed in self._memory.values() if isinstance(packed, Ragged)]
-        self.lengths: Tensor | None = torch.stack(ragged).sum(0) if ragged else None
+        self.num_skipped = 0
+        self.num_rows: int | None = None
+        self.numbers = self.lengths = self._present = None
+        self._memory: dict[int, Tensor | Ragged] = {}
+        if not self.streamed:
+            self._index(memory_limit)
         self.fingerprint = self._fingerprint()
+
+    def _check_options(self) -> None:
+        if len(set(self.modalities)) < len(self.modalities):
+            raise ValueError(f"columns: got the modalities {', '.join(self.modalities)}, expected different names")
+        if self._on_empty not in ("error", "skip"):
+            raise ValueError(f"on_empty: got {self._on_empty!r}, expected 'error' or 'skip'")
+        if self._complete and not self.modalities:
+            raise ValueError("complete: got True, expected False where no column is a modality")
+        check_drop(self._drop, self.modalities)
+
+    def _index(self, memory_limit: int) -> None:
+        """Of a map-style set: what is present, which rows are kept, and everything that is prepared once."""
+        rows = torch.arange(len(self._dataset))
+        if not len(rows):
+            raise ValueError(f"{self.name} has no rows, expected at least 1")
+        self._present, keep = self._select(_found(self._dataset, self._modality_columns()), rows)
+        self._tell_skipped(len(rows))
+        self.numbers = rows[keep]
+        if not len(self.numbers):
+            raise ValueError(
+                f"{self.name} has {len(rows)} rows but none is kept, expected at least 1 that has {', '.join(self.modalities)}"
+            )
+        self.num_rows = len(self.numbers)
+        self._memory = self._prepare_all(memory_limit)
+        ragged = [
+            packed.lengths * self._has(self.columns[n], self._present) for n, packed in self._memory.items() if isinstance(packed, Ragged)
+        ]
+        self.lengths = torch.stack(ragged).sum(0)[keep] if ragged else None
+
+    def _modality_columns(self) -> list[str]:
+        return [column.name for column in self.columns if column.modality]
+
+    def _has(self, column: Column, present: Tensor) -> Tensor:
+        """(B,) bool: whether a row has the column; one that is no modality is in every row."""
+        return present[:, self.modalities.index(column.modality)] if column.modality else torch.ones(len(present), dtype=torch.bool)
+
+    def _select(self, found: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What is present (B,M) after hiding, of some rows and of what is found in them, and which of them are kept (B,)."""
+        if not self.modalities:
+            return found, torch.ones(len(rows), dtype=torch.bool)
+        keep = found.any(1)
+        if not keep.all():
+            if self._on_empty == "error":
+                row = _file_row(self._dataset, int(rows[~keep][0]))
+                expected = f"one of {', '.join(self._modality_columns())}"
+                raise BadRow(f"{self.name}: row {row}: got no modality, expected {expected} (or set on_empty='skip')")
+            self.num_skipped += int((~keep).sum())
+        present = hide(found, rows, self.modalities, self._drop, self._drop_seed)
+        keep = present.all(1) if self._complete else keep
+        return present & keep.unsqueeze(1), keep  # what is not kept is not decoded either
+
+    def _tell_skipped(self, rows: int | None) -> None:
+        if self.num_skipped and -1 not in self._told:
+            self._told.add(-1)
+            shown = "rows that have no modality" if rows is None else f"{self.num_skipped} of {rows} rows, which have no modality"
+            logger.warning("%s: skipping %s", self.name, shown)
 
     @property
     def in_memory(self) -> bool:
@@ -74,7 +153,7 @@ class Rows:
             values: the rows' raw values per column, where they come from a stream.
 
         Returns:
-            The columns' inputs, batch first.
+            The columns' inputs, batch first, and ``present`` (B,M) bool where columns are modalities, in their order.
 
         Raises:
             BadRow: a row that cannot be used.
@@ -83,12 +162,13 @@ class Rows:
         waiting = [column for column in range(len(self.columns)) if column not in self._memory]
         if waiting and values is None:
             values = self._dataset[rows.tolist()]
-        inputs: dict[str, Tensor] = {}
+        present = self._present[rows] if self._present is not None else self._select(self._found(values, len(rows)), rows)[0]
+        inputs: dict[str, Tensor] = {"present": present} if self.modalities else {}
         for number, column in enumerate(self.columns):
             packed = self._memory[number][rows] if number in self._memory else None
             if packed is None:
                 cut = getattr(column, "num_truncated", 0)
-                packed = column.pack(self._prepare(column, values[column.name], rows.tolist()))
+                packed = column.pack(self._prepare(column, values[column.name], rows, self._has(column, present)))
                 self._tell_cut(number, cut, len(rows))
             prefix = f"{column.prefix}_" if column.prefix else ""
             for key, tensor in column.collate(packed, keys).items():
@@ -97,22 +177,36 @@ class Rows:
                 inputs[prefix + key] = tensor
         return inputs
 
-    def stream(self) -> Iterator[dict[str, Any]]:
-        """Raw, undecoded rows in the order of the files."""
-        return iter(self._dataset)
+    def stream(self) -> Iterator[tuple[int, dict[str, Any], int]]:
+        """The rows of a stream that are kept, in the order of the files.
 
-    def text_length(self, value: Mapping[str, Any]) -> int:
-        """Characters of a raw row's text, which stand in for tokens where rows are bucketed undecoded."""
-        texts = (value[column.name] for column in self.columns if column.shape is None)
-        return sum(len(text) for text in texts if isinstance(text, str))
+        Returns:
+            The row's number; its values, raw and undecoded; the characters of the text that is present, which stand in for
+            tokens where rows are bucketed undecoded.
+        """
+        self.num_skipped = 0
+        for number, row in enumerate(self._dataset):
+            present, keep = self._select(self._found({name: [value] for name, value in row.items()}, 1), torch.tensor([number]))
+            self._tell_skipped(None)
+            if keep:
+                texts = (row[column.name] for column in self.columns if column.shape is None and self._has(column, present))
+                yield number, row, sum(len(text) for text in texts if isinstance(text, str))
 
-    def _prepare(self, column: Column, values: Sequence[Any], rows: Sequence[int]) -> list[np.ndarray]:
+    def _found(self, values: Mapping[str, Sequence[Any]] | None, size: int) -> Tensor:
+        """(B,M) bool: which modalities raw values hold."""
+        found = [[value is not None for value in values[name]] for name in self._modality_columns()]
+        return torch.tensor(found, dtype=torch.bool).reshape(-1, size).T
+
+    def _prepare(self, column: Column, values: Sequence[Any], rows: Tensor, here: Tensor) -> list[np.ndarray]:
+        """A column's arrays of some rows, fillers where it is absent."""
+        had = [(row, value) for row, value, there in zip(rows.tolist(), values, here.tolist(), strict=True) if there]
         try:
-            return column.prepare(values)
+            prepared = iter(column.prepare([value for _, value in had]))
         except ValueError:
-            for row, value in zip(rows, values, strict=True):
+            for row, value in had:
                 self._check(column, value, row)
             raise
+        return [next(prepared) if there else column.filler() for there in here.tolist()]
 
     def _check(self, column: Column, value: Any, row: int) -> None:
         try:
@@ -134,21 +228,23 @@ class Rows:
     def _prepare_all(self, memory_limit: int) -> dict[int, Tensor | Ragged]:
         memory: dict[int, Tensor | Ragged] = {}
         for number, column in enumerate(self.columns):
-            size = 0 if column.shape is None else self.num_rows * math.prod(column.shape) * column.dtype.itemsize
+            size = 0 if column.shape is None else len(self._present) * math.prod(column.shape) * column.dtype.itemsize
             if column.shape and size > memory_limit:
                 continue
             cut = getattr(column, "num_truncated", 0)
             memory[number] = self._prepare_column(column)
-            self._tell_cut(number, cut, self.num_rows)
+            self._tell_cut(number, cut, len(self._present))
         return memory
 
     def _prepare_column(self, column: Column) -> Tensor | Ragged:
-        dense = None if column.shape is None else torch.empty((self.num_rows, *column.shape), dtype=column.dtype)
+        total = len(self._present)
+        dense = None if column.shape is None else torch.empty((total, *column.shape), dtype=column.dtype)
         ragged: list[np.ndarray] = []
         dataset = self._dataset.select_columns([column.name])
-        for start in range(0, self.num_rows, _CHUNK):
+        for rows in torch.arange(total).split(_CHUNK):
+            start = int(rows[0])
             values = dataset[start : start + _CHUNK][column.name]
-            prepared = self._prepare(column, values, range(start, start + len(values)))
+            prepared = self._prepare(column, values, rows, self._has(column, self._present[rows]))
             if dense is None:
                 ragged += prepared
             else:
@@ -158,6 +254,10 @@ class Rows:
     def _fingerprint(self) -> str:
         """Of all that is prepared, and of the files where decoding is left to the batches."""
         digest = hashlib.sha256(repr([column.settings() for column in self.columns] + [self.num_rows]).encode())
+        if self.modalities:
+            seed = self._drop_seed if self._drop else None
+            digest.update(repr((self.modalities, sorted(self._drop.items()), seed, self._complete)).encode())
+            digest.update(b"" if self._present is None else self._present.contiguous().numpy().tobytes())
         for packed in self._memory.values():
             for tensor in (packed.values, packed.lengths) if isinstance(packed, Ragged) else (packed,):
                 digest.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
@@ -172,13 +272,24 @@ def _file_row(dataset: Any, row: int) -> int:
     return row if indices is None else indices.column(0)[row].as_py()
 
 
-def texts_of(rows: Any, column: str, name: str = "data") -> Iterator[str]:
+def _found(dataset: Any, columns: Sequence[str]) -> Tensor:
+    """(N,M) bool: where columns are not null, without decoding or converting any value."""
+    if not columns or not isinstance(dataset, datasets.Dataset):  # generated rows lack nothing
+        return torch.ones(len(dataset), len(columns), dtype=torch.bool)
+    table = dataset.with_format("arrow")
+    chunks = (table[start : start + _CHUNK] for start in range(0, len(dataset), _CHUNK))
+    found = [np.stack([chunk[name].is_valid().to_numpy() for name in columns], 1) for chunk in chunks]
+    return torch.from_numpy(np.concatenate(found))
+
+
+def texts_of(rows: Any, column: str, name: str = "data", *, missing: bool = False) -> Iterator[str]:
     """The texts of a column, one by one, for what comes before there are `Rows`: training a tokenizer.
 
     Arguments:
         rows: what `mmvae.data.load_rows` gives.
         column: the data set's column.
         name: what the data set is called in errors.
+        missing: whether rows may lack the text; they are passed over.
 
     Returns:
         The texts in the order of the rows.
@@ -188,6 +299,8 @@ def texts_of(rows: Any, column: str, name: str = "data") -> Iterator[str]:
     """
     rows = rows.select_columns([column])
     for number, row in enumerate(rows):
+        if missing and row[column] is None:
+            continue
         try:
             check_text(row[column])
         except ValueError as error:
