@@ -3,16 +3,18 @@
 Importing it registers its models and processors with ``AutoConfig``, ``AutoModel``, ``AutoImageProcessor`` and so ``AutoProcessor``.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
+from mmvae.joint_processing import MMVAEProcessor
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
+from mmvae.models.mmvae import MMVAE, MMVAEConfig
 from mmvae.models.text_vae import TextVAE, TextVAEConfig
 from mmvae.processing import ImageVAEImageProcessor, ImageVAEImageProcessorPil
 
 __version__ = "0.1.0"
-__all__ = ["ImageVAE", "ImageVAEConfig", "ImageVAEImageProcessor", "TextVAE", "TextVAEConfig"]
+__all__ = ["MMVAE", "ImageVAE", "ImageVAEConfig", "ImageVAEImageProcessor", "MMVAEConfig", "MMVAEProcessor", "TextVAE", "TextVAEConfig"]
 
-for _config, _model in ((ImageVAEConfig, ImageVAE), (TextVAEConfig, TextVAE)):
+for _config, _model in ((ImageVAEConfig, ImageVAE), (TextVAEConfig, TextVAE), (MMVAEConfig, MMVAE)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
 AutoImageProcessor.register(
@@ -20,3 +22,4 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": ImageVAEImageProcessor, "pil": ImageVAEImageProcessorPil},
     exist_ok=True,
 )
+AutoProcessor.register(MMVAEConfig, MMVAEProcessor, exist_ok=True)

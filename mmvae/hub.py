@@ -43,6 +43,13 @@ print(decode_text(processor, model.generate(latents=latents, max_new_tokens=40, 
 """,
 }
 
+_USAGE["mmvae"] = """\
+made = model.sample(4)  # one of each of {modalities} that belong together, from the prior, by name
+inputs = processor({first}=[...], return_tensors="pt")  # any of the modalities, by name
+made = model.generate("{last}", **inputs)  # what is missing, from whatever is given
+nearest = model.retrieve(inputs, processor({last}=[...], return_tensors="pt"))  # and back
+"""
+
 _CARD = """\
 ---
 {card_data}
@@ -117,6 +124,12 @@ def _listed(items: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in items.items())
 
 
+def _usage(config: Mapping[str, Any]) -> str:
+    names = list(config.get("modalities", {}))
+    text = _USAGE.get(config.get("model_type", ""), "")
+    return text.format(modalities=" and ".join(names), first=names[0], last=names[-1]) if names else text
+
+
 def model_card(
     folder: str | Path,
     *,
@@ -163,7 +176,7 @@ def model_card(
             title=name.split("/")[-1],
             summary=public(summary) or f"This {architecture} was trained with mmvae on {record['dataset']}.",
             repo_id=name,
-            usage=_USAGE.get(kind, ""),
+            usage=_usage(config),
             sections=_sections(folder, record, sentences or {}),
         )
     )
@@ -200,7 +213,15 @@ def _published(folder: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"{folder}: no {' and no '.join(missing)}, expected a model folder as save_pretrained writes it")
     files = [path for path in folder.iterdir() if path.is_file() and path.suffix in _PUBLISHED and not path.name.startswith(".")]
     files += (folder / "figures").glob("*.png")
+    files += [path for part in _parts(folder) for path in part.iterdir() if path.suffix in _PUBLISHED]
     return {path.relative_to(folder).as_posix(): path for path in sorted(files)}
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The folders of a joint model's processor, one for each modality."""
+    config = folder / "processor_config.json"
+    parts = json.loads(config.read_text(encoding="utf-8")).get("parts", []) if config.is_file() else []
+    return [folder / name for name, _ in parts if name.isidentifier() and (folder / name).is_dir()]
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None, revision: str | None = None) -> str:
