@@ -201,6 +201,7 @@ def finish(
     *,
     transform: Transform | None = None,
     draw: Callable[[PreTrainedModel, Path], Mapping[str, str]] | None = None,
+    also: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Evaluate, and make the model folder: weights, processor, figures, ``metrics.json``, card; push it when asked.
 
@@ -209,6 +210,7 @@ def finish(
         processor: saved with the model: an image processor or a tokenizer.
         result: of :func:`train`.
         draw: called with the model and the folder of figures; returns Markdown for the card by title.
+        also: figures that the recipe has found itself.
 
     Returns:
         The figures.
@@ -216,7 +218,7 @@ def finish(
     split = "test" if "test" in loaders else "validation"
     model.eval()
     options = {"num_samples": args.importance_samples, "seed": args.seed, "transform": transform}
-    figures = evaluate_vae(accelerator, model, loaders[split], **options)
+    figures = evaluate_vae(accelerator, model, loaders[split], **options) | dict(also or {})
     if accelerator.is_main_process:
         folder = Path(args.output_dir)
         model.save_pretrained(folder)

@@ -7,6 +7,7 @@ Shapes: ``N`` pictures, ``D`` latent units, ``K`` steps of a walk, ``C,H,W`` ima
 
 import html
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -85,6 +86,36 @@ def reconstructions(originals: Tensor, reconstructed: Tensor, path: str | Path, 
     blank = torch.ones(-len(above) % columns, *above.shape[1:])  # fills the last row, so that every pair stays together
     rows = [torch.cat([side, blank]).unflatten(0, (-1, columns)) for side in (above, below)]
     return grid(torch.stack(rows, 1).flatten(0, 2), path, columns)
+
+
+def captioned(pixels: Tensor, captions: Sequence[str], path: str | Path, columns: int = 4, title: str = "") -> Path:
+    """Pictures with a caption under each: what belongs together, given or generated.
+
+    Arguments:
+        pixels: (N, C, H, W) float in [0, 1] or uint8.
+        captions: N texts; long ones are wrapped.
+        path: the PNG file; its folder is made.
+        columns: pictures in a row.
+        title: a line above them.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: another shape, values outside [0, 1], or not one caption for each picture.
+    """
+    if len(captions) != len(pixels):
+        raise ValueError(f"captions: got {len(captions)} for {len(pixels)} pictures, expected one for each")
+    shown, rows = _rgb(pixels).movedim(1, -1), -(-len(captions) // columns)
+    figure = Figure(figsize=(1.7 * columns, 2.2 * rows + 0.4), dpi=80)
+    figure.suptitle(title, fontsize=10)
+    for number, (picture, caption) in enumerate(zip(shown, captions, strict=True)):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        axes.imshow(picture.numpy(), interpolation="nearest")
+        axes.set_xticks([]), axes.set_yticks([])
+        axes.set_xlabel(textwrap.fill(caption.replace("$", r"\$"), 26), fontsize=7)
+    figure.tight_layout()
+    return _save(figure, path)
 
 
 def traversals(pixels: Tensor, labels: Sequence[str], path: str | Path, title: str = "") -> Path:

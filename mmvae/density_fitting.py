@@ -1,0 +1,77 @@
+r"""Densities over the latents of a trained joint model, so that what it makes from nothing or from one modality is coherent.
+
+    shared: p(z);    shared_given_m: p(z | moments of q(z|x_m)), from rows that have more than x_m;    private_m: p(w_m | z)
+
+Reference: Ghosh et al. (2020), From variational to deterministic autoencoders, https://arxiv.org/abs/1903.12436
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmvae.densities import build_density
+from mmvae.evaluation import model_inputs
+from mmvae.models.mmvae import MMVAE
+
+
+@torch.no_grad()
+def fit_densities(
+    model: MMVAE, batches: Iterable[Mapping[str, Tensor]], options: Mapping[str, Mapping[str, Any]], *, num_draws: int = 4, seed: int = 0
+) -> dict[str, float]:
+    """Fit what ``model.generate`` then uses, and put it into the model and its configuration, to be saved with it.
+
+    Arguments:
+        model: trained; its posteriors are read in evaluation mode.
+        batches: of training rows, on any device.
+        options: of :func:`mmvae.densities.build_density` by the name of the density, as in ``MMVAEConfig.densities``; and "training",
+            the options of its fit, which are not kept.
+        num_draws: samples of each row's posterior.
+        seed: of the draws and the fits.
+
+    Returns:
+        Figures by name: ``densities/shared/held_out_log_prob_nats`` and so on.
+
+    Raises:
+        ValueError: for a density that the model cannot have, and what the fits refuse.
+    """
+    model.config.refuse_densities(options)
+    kinds = {name: {option: value for option, value in kind.items() if option != "training"} for name, kind in options.items()}
+    model.eval()
+    latents: dict[str, list[tuple[Tensor, Tensor | None]]] = {name: [] for name in options}
+    figures: dict[str, float] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for batch in batches:
+            inputs = {name: value.to(model.device) for name, value in model_inputs(model, batch).items()}
+            for name, pair in _pairs(model, inputs, options, num_draws).items():
+                latents[name].append(pair)
+        for name, pairs in latents.items():
+            x, context = (None if values[0] is None else torch.cat(values, 1) for values in zip(*pairs, strict=True))
+            density = build_density(*model.config.density_dims(name), kinds[name]).to(model.device)
+            fit = density.fit(x, context, seed=seed, **options[name].get("training", {}))
+            figures |= {f"densities/{name}/{figure}": value for figure, value in fit.items()}
+            model.densities[name] = density
+    model.config.densities = model.config.densities | kinds
+    return figures
+
+
+def _pairs(model: MMVAE, inputs: Mapping[str, Tensor], names: Iterable[str], num_draws: int) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Draws (R, N, D) of what each density is over, and what it is conditioned on, (R, N, C)."""
+    q = model.posterior(**inputs)
+    z = q.mixture.sample((num_draws,))
+    pairs: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for name in names:
+        modality = name.removeprefix("shared_given_").removeprefix("private_")
+        seen = q.visible[:, model.modalities.index(modality)] if modality in model.modalities else None
+        if name == "shared":
+            pairs[name] = z, None
+        elif name.startswith("private_"):
+            w = q.private[modality].sample((num_draws,))
+            pairs[name] = w[:, seen], z[:, seen]
+        else:
+            rows, expert = seen & (q.visible.sum(1) > 1), q.experts[modality]
+            moments = torch.cat([expert.loc, expert.logvar], -1)[rows]
+            pairs[name] = z[:, rows], moments.expand(num_draws, *moments.shape)
+    return pairs

@@ -1,0 +1,162 @@
+"""Train a joint VAE over any set of modalities, any of which may be missing in any row.
+
+    accelerate launch recipes/joint_vae.py                                                 # built-in captioned sprites, minutes
+    accelerate launch recipes/joint_vae.py --dataset path/to/emoji --modalities image:image,text:text
+    accelerate launch recipes/joint_vae.py --dataset path/to/multi30k --modalities en:text,de:text
+
+Start the same command again after a stop and it goes on where it was. Results so far: see the configs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmvae import MMVAE, ImageVAEConfig, ImageVAEImageProcessor, MMVAEConfig, MMVAEProcessor, TextVAEConfig
+from mmvae.data import Column, ImageColumn, Loader, Rows, TextColumn, as_modalities, find_column, splits, texts_of
+from mmvae.density_fitting import fit_densities
+from mmvae.experiment import RunArguments, finish, parse, start, train
+from mmvae.options import mapping
+from mmvae.pictures import captioned, reconstructions, table
+from mmvae.processing import decode_text, load_tokenizer, train_tokenizer
+
+
+@dataclass
+class JointArguments:
+    """Options of the model and its data."""
+
+    modalities: str = field(default="image:image,text:text", metadata={"help": "name:kind[:column], separated by commas"})
+    vaes: str = field(default="{}", metadata={"help": "options of each modality's configuration, by its name"})
+    private_dims: str = field(default="{}", metadata={"help": "size of the latents that a modality keeps to itself, by its name"})
+    tokenizer: str = field(default="whitespace", metadata={"help": "whitespace, bpe, or the id or path of a pretrained one"})
+    vocab_size: int = field(default=10_000, metadata={"help": "most tokens of a trained tokenizer, special ones included"})
+    latent_dim: int = field(default=16, metadata={"help": "of the latent that all modalities share"})
+    aggregation: str = "mopoe"
+    aggregation_options: str = "{}"
+    prior: str = "standard_normal"
+    prior_components: int = 50
+    likelihood_weights: str = field(default='{"text": 10}', metadata={"help": "weight of a modality's likelihood in the loss, by its name"})
+    draw: str = field(default="auto", metadata={"help": "components decoded in a step: all, one per row, or auto"})
+    densities: str = field(default='{"shared": {"kind": "mixture"}}', metadata={"help": "fitted to the latents after training"})
+    drop_modality: str = field(default="{}", metadata={"help": "share of the training rows in which a modality is hidden, by its name"})
+    complete_only: bool = field(default=False, metadata={"help": "train on the rows that have everything, after hiding"})
+
+    def __post_init__(self) -> None:
+        for name in ("vaes", "private_dims", "aggregation_options", "likelihood_weights", "densities", "drop_modality"):
+            setattr(self, name, mapping(name, getattr(self, name)))
+
+
+@dataclass
+class JointRun(RunArguments):
+    """Defaults that train on the built-in sprites in a few minutes."""
+
+    dataset: str = "sprites:3"
+    output_dir: str = "outputs/mmvae"
+    batch_size: int = 64
+    num_epochs: int | None = 5
+    importance_samples: int = 10
+    learning_rate: float = 2e-3
+    max_grad_norm: float | None = None
+    kl_options: str = '{"steps": 200}'
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile:
+            raise ValueError("compile: received True, expected False: the joint recipe does not compile its children")
+
+
+def children(joint: JointArguments, data: Mapping[str, Any], args: JointRun) -> tuple[dict[str, Any], dict[str, Any], dict[str, Column]]:
+    """Configuration, processor and column of every modality, by name."""
+    configs, processors, columns = {}, {}, {}
+    for item in joint.modalities.split(","):
+        name, kind, *column = item.split(":")
+        options = joint.vaes.get(name, {}) | {"latent_dim": joint.latent_dim + joint.private_dims.get(name, 0)}
+        given = column[0] if column else name if name in data["train"].column_names else None
+        source = find_column(data["train"], kind, given)
+        if kind == "image":
+            configs[name] = config = ImageVAEConfig(**options)
+            columns[name] = pixels = ImageColumn(source, config.height_width, config.num_channels)
+            size = dict(zip(("height", "width"), pixels.image_size, strict=True))
+            look = {"background": pixels.background, "resize_mode": pixels.resize}
+            processors[name] = ImageVAEImageProcessor(size=size, num_channels=pixels.num_channels, **look)
+        else:
+            texts = texts_of(data["train"], source, args.dataset, missing=True)
+            trained = joint.tokenizer in ("whitespace", "bpe")
+            tokenizer = train_tokenizer(texts, joint.tokenizer, joint.vocab_size) if trained else load_tokenizer(joint.tokenizer)
+            unknown = tokenizer.pad_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+            ids = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")} | {"unk_token_id": unknown}
+            configs[name] = TextVAEConfig(**{"vocab_size": len(tokenizer), "tie_word_embeddings": True} | options | ids)
+            columns[name] = TextColumn(source, tokenizer, args.max_length, args.truncate)
+            processors[name] = tokenizer
+    return configs, processors, columns
+
+
+def main() -> None:
+    """Load, train, fit densities, evaluate, write the model folder."""
+    args, joint = parse(JointRun, JointArguments)
+    accelerator = start(args)
+    data = splits(args.dataset, streaming=args.streaming)
+    configs, processors, columns = children(joint, data, args)
+    shared = {"latent_dim": joint.latent_dim, "objective": args.objective, "objective_options": args.objective_options}
+    names = ("aggregation", "aggregation_options", "prior", "prior_components", "likelihood_weights", "draw")
+    torch.manual_seed(args.seed)
+    model = MMVAE(MMVAEConfig(modalities=configs, **shared, **{name: getattr(joint, name) for name in names}))
+    model.config.refuse_densities(joint.densities)
+    place = {"seed": args.seed, "rank": accelerator.process_index, "world_size": accelerator.num_processes, "num_workers": args.num_workers}
+    loaders = {}
+    for split, part in data.items():
+        hidden = {"drop": joint.drop_modality, "drop_seed": args.seed, "complete": joint.complete_only} if split == "train" else {}
+        rows = Rows(part, as_modalities(columns), name=args.dataset, on_empty="skip", **hidden)
+        loaders[split] = Loader(rows, args.batch_size, shuffle=split == "train", **place)
+
+    def readable(name: str, made: Tensor) -> Tensor | list[str]:
+        return decode_text(processors[name], made) if configs[name].model_type == "text_vae" else made
+
+    def generate(model: MMVAE, target: str | Sequence[str], number: int = 1, **inputs: Any) -> dict[str, Tensor | list[str]]:
+        targets = [target] if isinstance(target, str) else target
+        options = {"max_new_tokens": 40} if any(configs[name].model_type == "text_vae" for name in targets) else {}
+        made = model.generate(targets, number, torch.Generator().manual_seed(args.seed), **inputs, **options)
+        return {name: readable(name, value) for name, value in made.items()}
+
+    def show(model: MMVAE, step: int) -> dict[str, Any]:
+        made = generate(model, model.modalities, 8)
+        return {f"samples/{name}": table({name: value}) if isinstance(value, list) else value for name, value in made.items()}
+
+    def draw(model: MMVAE, figures: Path) -> dict[str, str]:
+        batch = next(Loader(loaders["validation"].rows, 64, seed=args.seed, pool=0).batches(0))
+        batch = {name: value[batch["present"].all(1)][:8].to(model.device) for name, value in batch.items() if name in model.input_names}
+        own, _ = model.split(batch)
+        real = {name: readable(name, next(iter(own[name].values()))) for name in model.modalities}
+        tables = {}
+        for source, target in permutations(model.modalities, 2):
+            made = generate(model, target, **{f"{source}_{name}": value for name, value in own[source].items()})[target]
+            title = f"{source} to {target}"
+            tables |= show_pairs({source: real[source], target: made}, {f"real {target}": real[target]}, title, figures)
+        return tables | show_pairs(generate(model, model.modalities, 8), {}, "from the prior", figures)
+
+    result = train(accelerator, args, model, loaders, show=show)
+    fitted = fit_densities(model, loaders["train"].batches(0), joint.densities, seed=args.seed) if joint.densities else {}
+    processor = MMVAEProcessor(processors)
+    finish(accelerator, args, model, processor, result, loaders, draw=draw, also=fitted)
+
+
+def show_pairs(
+    pairs: Mapping[str, Tensor | list[str]], real: Mapping[str, Tensor | list[str]], title: str, figures: Path
+) -> dict[str, str]:
+    """Two modalities side by side: a picture with its caption as a figure, texts as a table of the card."""
+    texts = {name: value for name, value in (pairs | real).items() if isinstance(value, list)}
+    pictures = [value for value in pairs.values() if isinstance(value, Tensor)]
+    path = figures / f"{title.replace(' ', '_')}.png"
+    if len(pictures) == 1 and len(texts):
+        captioned(pictures[0], next(value for value in pairs.values() if isinstance(value, list)), path, title=title)
+    elif len(pictures) == 2:
+        reconstructions(*pictures, path)
+    return {title.capitalize(): table(texts)} if len(texts) > 1 or not pictures else {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Densities fitted to the latents of a joint model: kept with it, and used by what it generates."""
+
+import pytest
+import torch
+from test_mmvae import batch, joint
+
+from mmvae import MMVAE
+from mmvae.density_fitting import fit_densities
+
+OPTIONS = {
+    "shared": {"kind": "mixture", "num_components": 3},
+    "shared_given_text": {"kind": "flow", "transforms": 1, "hidden_sizes": [8], "training": {"steps": 20}},
+    "private_image": {"kind": "flow", "transforms": 1, "hidden_sizes": [8], "training": {"steps": 20}},
+}
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    present = torch.ones(40, 2, dtype=torch.bool)
+    present[::5, 0] = False
+    return [batch(40) | {"present": present, "row": torch.arange(40)} for _ in range(2)]
+
+
+def test_densities_are_fitted_kept_and_used(tmp_path):
+    model = joint(private=2, aggregation="poe")
+    plain = [model.generate("image", 3, torch.Generator().manual_seed(1), **given) for given in ({}, {"input_ids": batch()["input_ids"]})]
+    rows, state = batches(), torch.get_rng_state()
+    figures = fit_densities(model, rows, OPTIONS)
+    assert torch.equal(state, torch.get_rng_state())
+    assert {name.split("/")[1] for name in figures} == set(OPTIONS)
+    assert all(isinstance(value, int | float) for value in figures.values())
+    assert model.config.densities["private_image"] == {"kind": "flow", "transforms": 1, "hidden_sizes": [8]}
+    model.save_pretrained(tmp_path)
+    again = MMVAE.from_pretrained(tmp_path)
+    assert MMVAE.from_pretrained(tmp_path, dtype="bfloat16").densities["shared"].means.dtype == torch.float32
+    for before, given in zip(plain, ({}, {"input_ids": batch()["input_ids"]}), strict=True):
+        made = model.generate("image", 3, torch.Generator().manual_seed(1), **given)
+        assert torch.equal(made, again.generate("image", 3, torch.Generator().manual_seed(1), **given))
+        assert not torch.equal(made, before)
+    z = model.sample_prior(200, torch.Generator().manual_seed(1))
+    assert torch.equal(z, model.densities["shared"].sample(200, torch.Generator().manual_seed(1)))
+
+
+def test_refusals_come_before_any_work():
+    model = joint()
+    with pytest.raises(ValueError, match="densities: received 'private_image', expected one of"):
+        fit_densities(model, iter(()), {"private_image": {"kind": "flow"}})
+    with pytest.raises(ValueError, match="nearest one is 'mixture'"):
+        fit_densities(model, batches(), {"shared": {"kind": "mixtures"}})
+    assert not model.config.densities
