@@ -76,6 +76,25 @@ class Posterior:
         return DiagNormal(q.loc[pick, rows], q.logvar[pick, rows], len(q.event_shape)), self.members[pick, rows]
 
 
+def hide(present: Tensor, probability: Tensor, uniform: Tensor) -> Tensor:
+    r"""What is left of the modalities when each is hidden with a probability: those with :math:`u_m \ge p_m`, and never none.
+
+    Of a row that would be left with nothing, the modality that it has with the largest :math:`u_m - p_m` stays.
+
+    Arguments:
+        present: (B, M) bool.
+        probability: (M,) in [0, 1].
+        uniform: (B, M) in (0, 1): they decide.
+
+    Returns:
+        (B, M) bool, a subset of ``present``.
+    """
+    margin = uniform - probability
+    left = present & (margin >= 0)
+    last = margin.masked_fill(~present, -2.0).argmax(1, keepdim=True)
+    return left | present & torch.zeros_like(present).scatter(1, last, ~left.any(1, keepdim=True))
+
+
 def alone(name: str, q: DiagNormal) -> Posterior:
     """The posterior of a model of one modality: one component, always visible.
 

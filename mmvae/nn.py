@@ -2,12 +2,12 @@
 
 Shapes: ``B`` batch, ``C,H,W`` image, ``h,w`` its size at the bottom of the trunk; ``T`` tokens, ``E`` embedding, ``H`` hidden,
 ``D`` latent, ``V`` vocabulary.
-Around them: padding moved to the right, and misspelt arguments of a model's ``forward``.
+Around them: leading dimensions, the rows of a batch that count, padding moved to the right.
 Blocks are those that are fast on CPU and GPU alike: space-to-depth instead of a large first convolution, stride-1 convolutions and
 PixelShuffle instead of transposed ones.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,19 @@ def fold_leading(x: Tensor, event_dims: int) -> tuple[Tensor, torch.Size]:
     """(*, *event) -> (N, *event) and the leading shape (*) that ``y.unflatten(0, leading)`` restores."""
     leading = x.shape[: x.dim() - event_dims]
     return x.reshape(-1, *x.shape[x.dim() - event_dims :]), leading
+
+
+def some_rows(mask: Tensor) -> Tensor | None:
+    """Numbers of the rows where mask (B,) is true; None for all. At least one, so that no parameter ever falls out of the graph."""
+    if bool(mask.all()):
+        return None
+    rows = mask.nonzero().squeeze(1)
+    return rows if len(rows) else rows.new_zeros(1)
+
+
+def take_rows(inputs: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, Tensor]:
+    """These rows (N,) of every input; all when None."""
+    return {name: value if rows is None else value[rows] for name, value in inputs.items()}
 
 
 class ResidualBlock(nn.Module):

@@ -211,6 +211,22 @@ def test_private_latents_come_from_the_auxiliary_prior_where_z_came_from_elsewhe
     assert (seen["image"][..., 3:].abs() < 20).all()  # figures are true bounds
 
 
+def test_modality_dropout_hides_from_the_encoders_and_not_from_the_score():
+    model, inputs, keys = joint(modality_dropout={"text": 1.0}, aggregation="poe").train(), batch(), KEYS
+    out = model(**inputs, noise_key=keys)
+    blind = model.eval()(**inputs, visible=torch.tensor([True, False]).expand(5, 2), noise_key=keys, sample_posterior=True)
+    torch.testing.assert_close(out.loss_rows, blind.loss_rows)
+    assert (out.log_px_by_modality != 0).all()
+    seen = model.train()(**inputs, present=PRESENT, noise_key=keys).latent_mean  # a row with nothing but text keeps it
+    torch.testing.assert_close(seen[2], model.posterior(**inputs, present=PRESENT).mixture.mean[2])
+    half = joint(modality_dropout={"text": 0.5}).train()
+    rows = fold(7, torch.arange(2000))
+    visible = half._visible(torch.ones(2000, 2, dtype=torch.bool), rows)
+    assert visible[:, 0].all()
+    assert 900 < visible[:, 1].sum() < 1100
+    assert torch.equal(visible[3:5], half._visible(torch.ones(2, 2, dtype=torch.bool), rows[3:5]))
+
+
 def test_names_of_inputs():
     assert joint().input_names == ("pixel_values", "input_ids", "attention_mask", "present", "visible")
     two = MMVAE(MMVAEConfig(modalities={"en": TextVAEConfig(**TEXT), "de": TextVAEConfig(**TEXT)})).eval()
@@ -287,6 +303,7 @@ def test_tied_words_stay_tied(tmp_path):
         ({"objective_options": {"free": 1}}, "objective_options: received .*parameters of elbo"),
         ({"likelihood_weights": {"txt": 1.0}}, "likelihood_weights: received 'txt', expected one of"),
         ({"likelihood_weights": {"text": -1.0}}, r"likelihood_weights\['text'\]: received -1.0"),
+        ({"modality_dropout": {"text": 2}}, r"modality_dropout\['text'\]: received 2, expected 0 to 1"),
         ({"densities": {"shard": {}}}, "densities: received 'shard', expected one of"),
         ({"agregation": "poe"}, "unknown field 'agregation'.*'aggregation'"),
         ({"modalities": {"image": {"model_type": "image_vae", "num_channel": 1}}}, r"modalities\['image'\].*num_channel"),

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mmvae import aggregation
 from mmvae.models.configuration import nearest
 from mmvae.noise import fold, keyed_uniform
 
@@ -42,14 +43,9 @@ def hide(present: Tensor, rows: Tensor, modalities: Sequence[str], drop: Mapping
     """
     if not drop or not len(rows):
         return present
-    margin = torch.ones(len(rows), len(modalities))  # u - p: hidden below 0
-    for column, name in enumerate(modalities):
-        if name in drop:
-            key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-            margin[:, column] = keyed_uniform(fold(seed, _HIDDEN, key, rows)) - drop[name]
-    left = present & (margin >= 0)
-    last = margin.masked_fill(~present, -2.0).argmax(1, keepdim=True)
-    return left | present & torch.zeros_like(present).scatter(1, last, ~left.any(1, keepdim=True))
+    names = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") for name in modalities]
+    uniform = torch.stack([keyed_uniform(fold(seed, _HIDDEN, name, rows)) for name in names], 1)
+    return aggregation.hide(present, torch.tensor([float(drop.get(name, 0.0)) for name in modalities]), uniform)
 
 
 def check_drop(drop: Mapping[str, float], modalities: Sequence[str]) -> None:

@@ -116,6 +116,8 @@ class MMVAEConfig(VAEConfig):
         objective: a key of ``mmvae.objectives.OBJECTIVES``: what ``forward`` minimises when it is told nothing else.
         objective_options: its arguments.
         likelihood_weights: weight of a modality's log-likelihood in the objective, by name; 1 where not named. Figures know no weights.
+        modality_dropout: share of the training rows in which the encoders do not see a modality that is there and scored all the same, by
+            name: so one modality learns to give what another one has. Never all of a row.
         draw: which components of the posterior are decoded: "all", "one" drawn per row, or "auto": all up to 4.
         densities: options of what :func:`mmvae.density_fitting.fit_densities` fits after training, by name: "shared",
             p(z); "shared_given_<modality>", p(z|x_m); "private_<modality>", p(w_m|z). See ``mmvae.densities.build_density``.
@@ -130,6 +132,7 @@ class MMVAEConfig(VAEConfig):
     objective: str = "elbo"
     objective_options: dict[str, Any] = field(default_factory=dict)
     likelihood_weights: dict[str, float | int] = field(default_factory=dict)
+    modality_dropout: dict[str, float | int] = field(default_factory=dict)
     draw: str = "auto"
     densities: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -169,11 +172,12 @@ class MMVAEConfig(VAEConfig):
         bind("MMVAEConfig.objective_options", OBJECTIVES[self.objective], self.objective_options, ("terms", "beta"))
         if self.objective == "mmvm" and self.aggregation != "moe":
             raise ValueError(f"MMVAEConfig.aggregation: received {self.aggregation!r} with objective 'mmvm', expected 'moe'")
-        for name, weight in self.likelihood_weights.items():
-            if name not in self.modalities:
-                raise ValueError(f"MMVAEConfig.likelihood_weights: received {name!r}, expected one of {list(self.modalities)}")
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"MMVAEConfig.likelihood_weights[{name!r}]: received {weight!r}, expected a number of at least 0")
+        for option, most in (("likelihood_weights", 1e30), ("modality_dropout", 1)):
+            for name, value in getattr(self, option).items():
+                if name not in self.modalities:
+                    raise ValueError(f"MMVAEConfig.{option}: received {name!r}, expected one of {list(self.modalities)}")
+                if not 0 <= value <= most:
+                    raise ValueError(f"MMVAEConfig.{option}[{name!r}]: received {value!r}, expected 0 to {most}")
         self.refuse_densities(self.densities)
 
     def density_dims(self, name: str) -> tuple[int, int]:

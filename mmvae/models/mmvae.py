@@ -26,19 +26,20 @@ from torch.distributions import Distribution
 from transformers import AutoModel
 from transformers.utils.generic import can_return_tuple
 
-from mmvae.aggregation import AGGREGATIONS, Posterior, poe
+from mmvae.aggregation import AGGREGATIONS, Posterior, hide, poe
 from mmvae.densities import build_density
 from mmvae.distributions import DiagNormal
 from mmvae.models.base import VAEOutput
 from mmvae.models.configuration import FOREIGN_ARGUMENTS, MMVAEConfig, nearest, prefixes
 from mmvae.models.joint_generation import JointGeneration
+from mmvae.nn import some_rows, take_rows
 from mmvae.noise import fold, keyed_uniform
 from mmvae.objectives import OBJECTIVES, Objective, Terms
 from mmvae.priors import PRIORS, LearnedNormal
 
 __all__ = ["MMVAE", "JointPosterior", "MMVAEConfig"]
 
-_COMPONENT, _PRIVATE = 0x636F6D70, 0x70726976  # keep the noise of each apart
+_COMPONENT, _PRIVATE, _HIDDEN = 0x636F6D70, 0x70726976, 0x68696464  # keep the noise of each apart
 _FEW = 4  # components up to which draw="auto" decodes all
 
 
@@ -61,18 +62,6 @@ class _Given:
     conditions: dict[str, dict[str, Tensor]]
     present: Tensor
     visible: Tensor
-
-
-def _some(mask: Tensor) -> Tensor | None:
-    """Numbers of the rows where mask (B,) is true; None for all. At least one, so that no parameter ever falls out of the graph."""
-    if bool(mask.all()):
-        return None
-    rows = mask.nonzero().squeeze(1)
-    return rows if len(rows) else rows.new_zeros(1)
-
-
-def _take(inputs: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, Tensor]:
-    return {name: value if rows is None else value[rows] for name, value in inputs.items()}
 
 
 class MMVAE(JointGeneration):
@@ -153,7 +142,7 @@ class MMVAE(JointGeneration):
         own, rest = self.split(received)
         masks = {name: rest.pop(name, None) for name in ("present", "visible")}
         known = [*self.input_names, *self.condition_names]
-        for name in rest.keys() - FOREIGN_ARGUMENTS:
+        for name in (name for name in rest if name not in FOREIGN_ARGUMENTS):
             raise TypeError(f"{type(self).__name__}: unknown input {name!r}; the nearest one is {nearest(name, known)!r}")
         inputs = {name: {k: v for k, v in own[name].items() if k in vae.input_names} for name, vae in self.vaes.items()}
         if not any(inputs.values()):
@@ -202,8 +191,8 @@ class MMVAE(JointGeneration):
         blank = torch.zeros(len(visible), *vae.latent_shape, device=self.device)
         if not inputs:
             return DiagNormal(blank, blank)
-        rows = _some(visible)
-        q = vae.encode(**_take(inputs, rows))
+        rows = some_rows(visible)
+        q = vae.encode(**take_rows(inputs, rows))
         if rows is None:
             return q
         seen = visible[rows].unsqueeze(1)
@@ -292,9 +281,9 @@ class MMVAE(JointGeneration):
             values[name] = torch.zeros(z.shape[:3], device=z.device)
             if not given.inputs[name]:
                 continue
-            rows, latent = _some(given.present[:, m]), torch.cat([z, private[name]], -1) if name in private else z
-            p = vae.decode(latent if rows is None else latent[:, :, rows], **_take(given.conditions[name], rows))
-            log_prob = p.log_prob(vae.target(**_take(given.inputs[name], rows)))
+            rows, latent = some_rows(given.present[:, m]), torch.cat([z, private[name]], -1) if name in private else z
+            p = vae.decode(latent if rows is None else latent[:, :, rows], **take_rows(given.conditions[name], rows))
+            log_prob = p.log_prob(vae.target(**take_rows(given.inputs[name], rows)))
             if rows is not None:
                 log_prob = values[name].to(log_prob).index_copy(2, rows, torch.where(given.present[rows, m], log_prob, 0.0))
             values[name] = log_prob
@@ -324,7 +313,15 @@ class MMVAE(JointGeneration):
         """
         if objective is None:
             objective = partial(OBJECTIVES[self.config.objective], **self.config.objective_options)
+        if self.training and self.config.modality_dropout and inputs.get("visible") is None:
+            inputs["visible"] = self._visible(self._given(inputs).present, noise_key)
         return self.bound(inputs, beta, num_samples, objective, noise_key, sample_posterior)
+
+    def _visible(self, present: Tensor, key: Tensor | None) -> Tensor:
+        """What modality dropout leaves to the encoders, (B, M) bool."""
+        share = torch.tensor([float(self.config.modality_dropout.get(name, 0.0)) for name in self.vaes], device=self.device)
+        uniform = torch.rand(present.shape, device=self.device) if key is None else keyed_uniform(fold(_HIDDEN, key), share.shape)
+        return hide(present, share, uniform)
 
     @torch.no_grad()
     def log_conditional(
