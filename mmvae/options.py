@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,56 @@ def mapping(name: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"""{name}: received {value!r}, expected a mapping, for example '{{"steps": 500}}'""")
     return dict(value)
+
+
+def parse_modalities(text: str, kinds: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+    """Modalities from ``name:kind[:column]``, separated by commas.
+
+    Arguments:
+        text: the option.
+        kinds: that there are.
+
+    Returns:
+        Kind, and column where it is given, by name, in their order.
+
+    Raises:
+        ValueError: naming what is of another form, an unknown kind, or a name given twice.
+
+    Example:
+        >>> parse_modalities("photo:image,en:text:english", ["image", "text"])
+        {'photo': ('image', None), 'en': ('text', 'english')}
+    """
+    found: dict[str, tuple[str, str | None]] = {}
+    for item in text.split(","):
+        name, *rest = item.strip().split(":")
+        if not 1 <= len(rest) <= 2 or rest[0] not in kinds or name in found:
+            raise ValueError(f"modalities: received {item!r}, expected different name:kind or name:kind:column, kind one of {list(kinds)}")
+        found[name] = rest[0], rest[1] if len(rest) == 2 else None
+    return found
+
+
+def by_name(option: str, value: str | Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
+    """An option that is given by modality, or for all modalities of a kind.
+
+    Arguments:
+        option: its name, for the error.
+        value: JSON or a mapping; a modality's name wins over its kind.
+        kinds: of the modalities.
+
+    Returns:
+        Values by modality; those without one are left out.
+
+    Raises:
+        ValueError: for a key that is neither a modality nor a kind that recipes know.
+
+    Example:
+        >>> by_name("weights", {"text": 10, "de": 5}, {"en": "text", "de": "text"})
+        {'en': 10, 'de': 5}
+    """
+    given = mapping(option, value)
+    for key in given.keys() - kinds.keys() - {"image", "text"}:
+        raise ValueError(f"{option}: received {key!r}, expected a modality, {list(kinds)}, or a kind, 'image' or 'text'")
+    return {name: given[name if name in given else kind] for name, kind in kinds.items() if name in given or kind in given}
 
 
 _COUNTS = (

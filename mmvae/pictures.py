@@ -118,6 +118,33 @@ def captioned(pixels: Tensor, captions: Sequence[str], path: str | Path, columns
     return _save(figure, path)
 
 
+def side_by_side(
+    pairs: Mapping[str, Tensor | Sequence[str]],
+    folder: str | Path,
+    title: str,
+    further: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, str]:
+    """What belongs together in two modalities: pictures with captions or above each other as a figure, texts as a table.
+
+    Arguments:
+        pairs: pictures (N, C, H, W) or N texts, by modality.
+        folder: of the figure, which is called as the title.
+        title: what is shown.
+        further: more texts for the table, by name; pictures among them are left out.
+
+    Returns:
+        Markdown by title; empty where there are fewer than two columns of text.
+    """
+    texts = {name: list(value) for name, value in {**pairs, **(further or {})}.items() if not isinstance(value, Tensor)}
+    shown = [value for value in pairs.values() if isinstance(value, Tensor)]
+    path = Path(folder) / f"{title.replace(' ', '_')}.png"
+    if len(shown) == 1 and len(pairs) == 2:
+        captioned(shown[0], next(list(value) for value in pairs.values() if not isinstance(value, Tensor)), path, title=title)
+    elif len(shown) == 2:
+        reconstructions(*shown, path)
+    return {title.capitalize(): table(texts)} if len(texts) > 1 else {}
+
+
 def traversals(pixels: Tensor, labels: Sequence[str], path: str | Path, title: str = "") -> Path:
     """Walks along latent units: row d shows the pictures of unit d as its value grows.
 

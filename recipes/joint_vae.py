@@ -7,6 +7,7 @@
 Start the same command again after a stop and it goes on where it was. Results so far: see the configs.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -20,9 +21,15 @@ from mmvae import MMVAE, ImageVAEConfig, ImageVAEImageProcessor, MMVAEConfig, MM
 from mmvae.data import Column, ImageColumn, Loader, Rows, TextColumn, as_modalities, find_column, splits, texts_of
 from mmvae.density_fitting import fit_densities
 from mmvae.experiment import RunArguments, finish, parse, start, train
-from mmvae.options import mapping
-from mmvae.pictures import captioned, reconstructions, table
+from mmvae.options import by_name, mapping, parse_modalities
+from mmvae.pictures import side_by_side, table
 from mmvae.processing import decode_text, load_tokenizer, train_tokenizer
+
+KINDS = {"image": ImageVAEConfig, "text": TextVAEConfig}
+BY_NAME = ("vaes", "private_dims", "likelihood_weights", "modality_dropout", "drop_modality")
+IMAGE = {"hidden_channels": [16, 32, 64, 64], "likelihood": "gaussian", "scale_mode": "optimal"}
+TEXT = {"hidden_size": 96, "embedding_size": 32}
+FLOWS = {"shared": {"kind": "mixture", "num_components": 30}, "private": {"kind": "flow"}, "shared_given": {"kind": "flow"}}
 
 
 @dataclass
@@ -30,24 +37,32 @@ class JointArguments:
     """Options of the model and its data."""
 
     modalities: str = field(default="image:image,text:text", metadata={"help": "name:kind[:column], separated by commas"})
-    vaes: str = field(default="{}", metadata={"help": "options of each modality's configuration, by its name"})
-    private_dims: str = field(default="{}", metadata={"help": "size of the latents that a modality keeps to itself, by its name"})
+    vaes: str = field(
+        default=json.dumps({"image": IMAGE, "text": TEXT}),
+        metadata={"help": "configuration of each modality, by its name or kind, as all that follows by name"},
+    )
+    private_dims: str = field(default='{"image": 8}', metadata={"help": "size of the latents that a modality keeps to itself, by its name"})
     tokenizer: str = field(default="whitespace", metadata={"help": "whitespace, bpe, or the id or path of a pretrained one"})
     vocab_size: int = field(default=10_000, metadata={"help": "most tokens of a trained tokenizer, special ones included"})
-    latent_dim: int = field(default=16, metadata={"help": "of the latent that all modalities share"})
-    aggregation: str = "mopoe"
+    latent_dim: int = field(default=10, metadata={"help": "of the latent that all modalities share"})
+    aggregation: str = "poe"
     aggregation_options: str = "{}"
     prior: str = "standard_normal"
     prior_components: int = 50
-    likelihood_weights: str = field(default='{"text": 10}', metadata={"help": "weight of a modality's likelihood in the loss, by its name"})
+    likelihood_weights: str = field(default='{"text": 30}', metadata={"help": "weight of a modality's likelihood in the loss, by its name"})
+    modality_dropout: str = field(default='{"text": 0.5}', metadata={"help": "share of the rows that are encoded without it, by name"})
     draw: str = field(default="auto", metadata={"help": "components decoded in a step: all, one per row, or auto"})
-    densities: str = field(default='{"shared": {"kind": "mixture"}}', metadata={"help": "fitted to the latents after training"})
+    densities: str = field(default=json.dumps(FLOWS), metadata={"help": "fitted to the latents after training"})
     drop_modality: str = field(default="{}", metadata={"help": "share of the training rows in which a modality is hidden, by its name"})
     complete_only: bool = field(default=False, metadata={"help": "train on the rows that have everything, after hiding"})
 
     def __post_init__(self) -> None:
-        for name in ("vaes", "private_dims", "aggregation_options", "likelihood_weights", "densities", "drop_modality"):
-            setattr(self, name, mapping(name, getattr(self, name)))
+        self.kinds = parse_modalities(self.modalities, KINDS)
+        for option in BY_NAME:
+            setattr(self, option, by_name(option, getattr(self, option), {name: kind for name, (kind, _) in self.kinds.items()}))
+        self.aggregation_options = mapping("aggregation_options", self.aggregation_options)
+        of = {"private": [f"private_{name}" for name in self.private_dims], "shared_given": [f"shared_given_{name}" for name in self.kinds]}
+        self.densities = {name: kind for key, kind in mapping("densities", self.densities).items() for name in of.get(key, [key])}
 
 
 @dataclass
@@ -61,7 +76,9 @@ class JointRun(RunArguments):
     importance_samples: int = 10
     learning_rate: float = 2e-3
     max_grad_norm: float | None = None
-    kl_options: str = '{"steps": 200}'
+    kl_options: str = '{"steps": 300}'
+    objective: str = "jmvae"
+    objective_options: str = '{"alpha": 0.5}'
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,11 +89,9 @@ class JointRun(RunArguments):
 def children(joint: JointArguments, data: Mapping[str, Any], args: JointRun) -> tuple[dict[str, Any], dict[str, Any], dict[str, Column]]:
     """Configuration, processor and column of every modality, by name."""
     configs, processors, columns = {}, {}, {}
-    for item in joint.modalities.split(","):
-        name, kind, *column = item.split(":")
+    for name, (kind, column) in joint.kinds.items():
         options = joint.vaes.get(name, {}) | {"latent_dim": joint.latent_dim + joint.private_dims.get(name, 0)}
-        given = column[0] if column else name if name in data["train"].column_names else None
-        source = find_column(data["train"], kind, given)
+        source = find_column(data["train"], kind, column or (name if name in data["train"].column_names else None))
         if kind == "image":
             configs[name] = config = ImageVAEConfig(**options)
             columns[name] = pixels = ImageColumn(source, config.height_width, config.num_channels)
@@ -102,7 +117,7 @@ def main() -> None:
     data = splits(args.dataset, streaming=args.streaming)
     configs, processors, columns = children(joint, data, args)
     shared = {"latent_dim": joint.latent_dim, "objective": args.objective, "objective_options": args.objective_options}
-    names = ("aggregation", "aggregation_options", "prior", "prior_components", "likelihood_weights", "draw")
+    names = ("aggregation", "aggregation_options", "prior", "prior_components", "likelihood_weights", "modality_dropout", "draw")
     torch.manual_seed(args.seed)
     model = MMVAE(MMVAEConfig(modalities=configs, **shared, **{name: getattr(joint, name) for name in names}))
     model.config.refuse_densities(joint.densities)
@@ -135,27 +150,14 @@ def main() -> None:
         for source, target in permutations(model.modalities, 2):
             made = generate(model, target, **{f"{source}_{name}": value for name, value in own[source].items()})[target]
             title = f"{source} to {target}"
-            tables |= show_pairs({source: real[source], target: made}, {f"real {target}": real[target]}, title, figures)
-        return tables | show_pairs(generate(model, model.modalities, 8), {}, "from the prior", figures)
+            tables |= side_by_side({source: real[source], target: made}, figures, title, {f"real {target}": real[target]})
+        return tables | side_by_side(generate(model, model.modalities, 8), figures, "from the prior")
 
     result = train(accelerator, args, model, loaders, show=show)
-    fitted = fit_densities(model, loaders["train"].batches(0), joint.densities, seed=args.seed) if joint.densities else {}
-    processor = MMVAEProcessor(processors)
-    finish(accelerator, args, model, processor, result, loaders, draw=draw, also=fitted)
-
-
-def show_pairs(
-    pairs: Mapping[str, Tensor | list[str]], real: Mapping[str, Tensor | list[str]], title: str, figures: Path
-) -> dict[str, str]:
-    """Two modalities side by side: a picture with its caption as a figure, texts as a table of the card."""
-    texts = {name: value for name, value in (pairs | real).items() if isinstance(value, list)}
-    pictures = [value for value in pairs.values() if isinstance(value, Tensor)]
-    path = figures / f"{title.replace(' ', '_')}.png"
-    if len(pictures) == 1 and len(texts):
-        captioned(pictures[0], next(value for value in pairs.values() if isinstance(value, list)), path, title=title)
-    elif len(pictures) == 2:
-        reconstructions(*pictures, path)
-    return {title.capitalize(): table(texts)} if len(texts) > 1 or not pictures else {}
+    whole = Loader(loaders["train"].rows, args.batch_size, seed=args.seed)  # the same on every rank
+    fits = fit_densities(model, whole.batches(0), joint.densities, seed=args.seed) if joint.densities else {}
+    also = {name: value for name, value in fits.items() if "held_out_log" in name}
+    finish(accelerator, args, model, MMVAEProcessor(processors), result, loaders, draw=draw, also=also)
 
 
 if __name__ == "__main__":
