@@ -1,4 +1,4 @@
-# make demo: from a fresh clone to two trained models and their pictures.   make test: the whole suite.   make lint: style.
+# make demo: from a fresh clone to a trained joint model of pictures and captions, and what it made.   make test: the whole suite.   make lint: style.
 # Another interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -8,20 +8,15 @@ OUT := outputs/demo
 # accelerate gives each process one CPU thread unless it is told otherwise
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
-DEMO_TEXT := recipes/text_vae.py --output_dir $(OUT)/text --num_epochs 4 --importance_samples 20
-DEMO_IMAGE := recipes/image_vae.py --output_dir $(OUT)/image --num_epochs 2 --importance_samples 0
+DEMO := recipes/joint_vae.py --output_dir $(OUT) --num_epochs 3 --importance_samples 0
 
 .PHONY: demo test lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
-	$(LAUNCH) $(DEMO_TEXT)
-	$(LAUNCH) $(DEMO_IMAGE)
-	@for run in text image; do \
-		echo; echo "$$run: model folder $(OUT)/$$run, model card $(OUT)/$$run/README.md"; \
-		find $(OUT)/$$run -maxdepth 2 \( -path '*/figures/*' -o -name metrics.json \) | sort | sed 's/^/  /'; \
-	done
-	@echo; echo "Reconstructions, samples and interpolations are the figures above; sentences are in $(OUT)/text/README.md."
+	$(LAUNCH) $(DEMO)
+	@echo; echo "model folder: $(OUT)   model card: $(OUT)/README.md   pictures from captions, captions from pictures, and both from nothing:"
+	@find $(OUT)/figures -name '*.png' | sort | sed 's/^/  /'
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q
