@@ -27,6 +27,8 @@ from mmvae.processing import decode_text, load_tokenizer, train_tokenizer
 
 KINDS = {"image": ImageVAEConfig, "text": TextVAEConfig}
 BY_NAME = ("vaes", "private_dims", "likelihood_weights", "modality_dropout", "drop_modality")
+FIELDS = ("aggregation", "aggregation_options", "inference_aggregation", "prior", "prior_components")
+FIELDS += ("likelihood_weights", "modality_dropout", "draw")
 IMAGE = {"hidden_channels": [16, 32, 64, 64], "likelihood": "gaussian", "scale_mode": "optimal"}
 TEXT = {"hidden_size": 96, "embedding_size": 32}
 FLOWS = {"shared": {"kind": "mixture", "num_components": 30}, "private": {"kind": "flow"}, "shared_given": {"kind": "flow"}}
@@ -47,6 +49,7 @@ class JointArguments:
     latent_dim: int = field(default=10, metadata={"help": "of the latent that all modalities share"})
     aggregation: str = "poe"
     aggregation_options: str = "{}"
+    inference_aggregation: str | None = field(default=None, metadata={"help": "in evaluation; the same by default"})
     prior: str = "standard_normal"
     prior_components: int = 50
     likelihood_weights: str = field(default='{"text": 30}', metadata={"help": "weight of a modality's likelihood in the loss, by its name"})
@@ -117,9 +120,8 @@ def main() -> None:
     data = splits(args.dataset, streaming=args.streaming)
     configs, processors, columns = children(joint, data, args)
     shared = {"latent_dim": joint.latent_dim, "objective": args.objective, "objective_options": args.objective_options}
-    names = ("aggregation", "aggregation_options", "prior", "prior_components", "likelihood_weights", "modality_dropout", "draw")
     torch.manual_seed(args.seed)
-    model = MMVAE(MMVAEConfig(modalities=configs, **shared, **{name: getattr(joint, name) for name in names}))
+    model = MMVAE(MMVAEConfig(modalities=configs, **shared, **{name: getattr(joint, name) for name in FIELDS}))
     model.config.refuse_densities(joint.densities)
     place = {"seed": args.seed, "rank": accelerator.process_index, "world_size": accelerator.num_processes, "num_workers": args.num_workers}
     loaders = {}

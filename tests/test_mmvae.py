@@ -227,6 +227,16 @@ def test_modality_dropout_hides_from_the_encoders_and_not_from_the_score():
     assert torch.equal(visible[3:5], half._visible(torch.ones(2, 2, dtype=torch.bool), rows[3:5]))
 
 
+def test_inference_may_aggregate_otherwise_than_training():
+    options = {"aggregation": "mixture", "aggregation_options": {"subsets": [["image"], ["image", "text"]], "prior_expert": True}}
+    model, inputs = joint(**options, inference_aggregation="poe"), batch()
+    assert len(model.train().posterior(**inputs).members) == 2
+    q = model.eval().posterior(**inputs)
+    assert len(q.members) == 1
+    precision = 1 + sum((-expert.logvar).exp() for expert in q.experts.values())
+    torch.testing.assert_close(q.mixture.components.logvar[0], -precision.log())
+
+
 def test_names_of_inputs():
     assert joint().input_names == ("pixel_values", "input_ids", "attention_mask", "present", "visible")
     two = MMVAE(MMVAEConfig(modalities={"en": TextVAEConfig(**TEXT), "de": TextVAEConfig(**TEXT)})).eval()
@@ -360,3 +370,14 @@ def test_a_child_loads_alone_from_its_part_of_the_joint_model(tmp_path):
     image = ImageVAE.from_pretrained(tmp_path)
     pixels = batch()["pixel_values"]
     assert torch.equal(image.encode(pixels).mean, model.posterior(pixel_values=pixels).experts["image"].mean)
+
+
+def test_modalities_keep_their_order_when_saved(tmp_path):
+    """JSON with sorted keys would exchange the columns of ``present``, and the parts of a VampPrior's pseudo-inputs."""
+    both = {"words": TextVAEConfig(**TEXT | {"latent_dim": 3}), "image": ImageVAEConfig(**IMAGE | {"latent_dim": 3})}
+    torch.manual_seed(0)
+    model = MMVAE(MMVAEConfig(modalities=both, latent_dim=3, prior="vamp", prior_components=4)).eval()
+    model.save_pretrained(tmp_path)
+    again = MMVAE.from_pretrained(tmp_path)
+    assert again.modalities == model.modalities == ("words", "image")
+    torch.testing.assert_close(again(**batch(), present=PRESENT).elbo, model(**batch(), present=PRESENT).elbo)

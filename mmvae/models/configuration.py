@@ -2,9 +2,11 @@
 
 import difflib
 import inspect
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, fields
+from functools import partial
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -12,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from mmvae.aggregation import AGGREGATIONS
+from mmvae.aggregation import AGGREGATIONS, Posterior
 from mmvae.objectives import OBJECTIVES
 from mmvae.priors import PRIORS
 
@@ -113,6 +115,8 @@ class MMVAEConfig(VAEConfig):
             dimensions to itself.
         aggregation: a key of ``mmvae.aggregation.AGGREGATIONS``.
         aggregation_options: its arguments.
+        inference_aggregation: the aggregation in evaluation mode, with those of the options that it takes; None for the same. MVAE trains a
+            mixture of subsets and infers with the product of all that is visible.
         objective: a key of ``mmvae.objectives.OBJECTIVES``: what ``forward`` minimises when it is told nothing else.
         objective_options: its arguments.
         likelihood_weights: weight of a modality's log-likelihood in the objective, by name; 1 where not named. Figures know no weights.
@@ -129,6 +133,7 @@ class MMVAEConfig(VAEConfig):
     modalities: dict[str, Any] = field(default_factory=dict)
     aggregation: str = "mopoe"
     aggregation_options: dict[str, Any] = field(default_factory=dict)
+    inference_aggregation: str | None = None
     objective: str = "elbo"
     objective_options: dict[str, Any] = field(default_factory=dict)
     likelihood_weights: dict[str, float | int] = field(default_factory=dict)
@@ -138,6 +143,7 @@ class MMVAEConfig(VAEConfig):
 
     choices: ClassVar[dict[str, Sequence[Any]]] = VAEConfig.choices | {
         "aggregation": tuple(AGGREGATIONS),
+        "inference_aggregation": (None, *AGGREGATIONS),
         "objective": tuple(OBJECTIVES),
         "draw": ("auto", "all", "one"),
     }
@@ -156,6 +162,12 @@ class MMVAEConfig(VAEConfig):
         """Size of w_m of every modality that has one."""
         dims = {name: child.latent_dim - self.latent_dim for name, child in self.modalities.items()}
         return {name: dim for name, dim in dims.items() if dim}
+
+    def aggregate(self, training: bool) -> Callable[..., Posterior]:
+        """The aggregation with its options, for training or for inference."""
+        name = self.aggregation if training or self.inference_aggregation is None else self.inference_aggregation
+        function, options = AGGREGATIONS[name], self.aggregation_options
+        return partial(function, **{key: options[key] for key in options.keys() & inspect.signature(function).parameters.keys()})
 
     def validate_architecture(self) -> None:
         """Check the fields; see :meth:`VAEConfig.validate_architecture`."""
@@ -197,6 +209,12 @@ class MMVAEConfig(VAEConfig):
         """Plain values, the children's too."""
         values = super().to_dict()
         return values | {"modalities": {name: _plain(child) for name, child in self.modalities.items()}}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """JSON in which the modalities keep their order, that of the columns of ``present``; transformers sorts all keys."""
+        values = json.loads(super().to_json_string(use_diff))
+        values["modalities"] = {name: values["modalities"][name] for name in self.modalities}
+        return json.dumps(values, indent=2) + "\n"
 
 
 def _child(name: str, child: Any) -> PreTrainedConfig:

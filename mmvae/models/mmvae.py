@@ -26,7 +26,7 @@ from torch.distributions import Distribution
 from transformers import AutoModel
 from transformers.utils.generic import can_return_tuple
 
-from mmvae.aggregation import AGGREGATIONS, Posterior, hide, poe
+from mmvae.aggregation import Posterior, hide, poe
 from mmvae.densities import build_density
 from mmvae.distributions import DiagNormal
 from mmvae.models.base import VAEOutput
@@ -182,7 +182,7 @@ class MMVAE(JointGeneration):
         experts = {name: self._expert(name, given.inputs[name], given.visible[:, m]) for m, name in enumerate(self.vaes)}
         shared = {name: DiagNormal(q.loc[:, :dim], q.logvar[:, :dim]) for name, q in experts.items()}
         private = {name: DiagNormal(experts[name].loc[:, dim:], experts[name].logvar[:, dim:]) for name in self.auxiliary}
-        q = AGGREGATIONS[self.config.aggregation](shared, given.visible, self.prior(), **self.config.aggregation_options)
+        q = self.config.aggregate(self.training)(shared, given.visible, self.prior())
         return JointPosterior(q.mixture, q.experts, q.visible, q.members, private)
 
     def _expert(self, name: str, inputs: dict[str, Tensor], visible: Tensor) -> DiagNormal:
