@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmvae.distributions import DiagNormal
 from mmvae.metrics import active_units, bits_per_dim, mutual_information, perplexity, psnr, ssim
-from mmvae.models.base import VAE
+from mmvae.models.base import VAE, VAEModel
 from mmvae.models.image_vae import BINARIZATIONS
 from mmvae.noise import fold, keyed_normal, keyed_uniform
 from mmvae.optimization import unwrap
@@ -105,9 +105,9 @@ def evaluate_elbo(
         out = model(**inputs, sample_posterior=True, noise_key=key)
         moments.add(out.latent_mean, out.latent_logvar, batch["row"], batch["row_weight"])
         values = {"neg_elbo_nats": -out.elbo, "reconstruction_nats": -out.log_px, "kl_nats": out.kl}
-        if out.log_px_by_modality is not None:
-            names = unwrap(model).modalities
-            return values | {f"reconstruction_nats_{name}": -out.log_px_by_modality[:, m] for m, name in enumerate(names)}
+        if not isinstance(unwrap(model), VAEModel):
+            each = out.log_px.unsqueeze(1) if out.log_px_by_modality is None else out.log_px_by_modality  # None: a joint model of one
+            return values | {f"reconstruction_nats_{name}": -each[:, m] for m, name in enumerate(unwrap(model).modalities)}
         return values | _of_modality(unwrap(model), inputs, out.latent_mean, detailed)
 
     figures = evaluate(accelerator, measure, loader, models=[model])
@@ -171,3 +171,31 @@ def evaluate_vae(
         dims = math.prod(inner.config.height_width) * inner.config.num_channels
         figures["bits_per_dim"] = bits_per_dim(figures.get("nll_nats", figures["neg_elbo_nats"]), dims)
     return figures
+
+
+def evaluate_conditional(
+    accelerator: Accelerator, model: torch.nn.Module, loader: Any, *, num_samples: int = 100, seed: int = 0
+) -> dict[str, float]:
+    r"""Minus :math:`\log p(x_m \mid x_{others})` of every modality of a joint model, over the rows that have it and another one.
+
+    Arguments:
+        accelerator, model, loader, num_samples, seed: as for :func:`evaluate_vae`.
+
+    Returns:
+        ``conditional_nll_nats_<modality>`` per row that has both; nothing where no row has.
+    """
+    inner = unwrap(model)
+
+    def measure(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs, key = model_inputs(inner, batch), fold(seed, _MARGINAL, batch["row"])
+        values = {}
+        for m, name in enumerate(inner.modalities):
+            both = (inputs["present"][:, m] & (inputs["present"].sum(1) > 1)).float()
+            with accelerator.autocast():
+                nll = -inner.log_conditional(name, num_samples=num_samples, noise_key=key, **inputs)
+            values |= {f"{name} sum": torch.where(both > 0, nll, 0.0), f"{name} rows": both}
+        return values
+
+    means = evaluate(accelerator, measure, loader, models=[inner])
+    found = [name for name in inner.modalities if means[f"{name} rows"]]
+    return {f"conditional_nll_nats_{name}": means[f"{name} sum"] / means[f"{name} rows"] for name in found}

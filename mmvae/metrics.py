@@ -1,6 +1,6 @@
 r"""Figures of merit. Sums are in nats per row; conversions say so in their names.
 
-Shapes: ``N`` rows, ``D`` latent.
+Shapes: ``N`` rows or candidates, ``B`` queries, ``D`` latent.
 
 References:
     Burda et al. (2016), active units, https://arxiv.org/abs/1509.00519
@@ -8,6 +8,7 @@ References:
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -67,3 +68,57 @@ def ssim(pixels: Tensor, reference: Tensor) -> Tensor:
 
     value = structural_similarity_index_measure(pixels.float(), reference.float(), data_range=1.0, reduction="none")
     return torch.as_tensor(value).reshape(len(pixels))
+
+
+def recall_at(scores: Tensor, k: int, target: Tensor | None = None) -> Tensor:
+    r"""Whether the candidate that belongs to a query is among the k best, where ties are broken at random:
+
+    .. math:: \min(1, \max(0, (k - g) / t)), \quad g = \#\{j: s_j > s_{target}\},\ t = \#\{j: s_j = s_{target}\}
+
+    So equal scores for all candidates, as a collapsed latent gives them, are chance, k / N.
+
+    Arguments:
+        scores: (B, N), the higher the better.
+        k: at least 1.
+        target: (B,) int64, the number of each query's candidate; the query's own number when None.
+
+    Returns:
+        (B,) float64 in [0, 1]; their mean is recall@k.
+
+    Raises:
+        ValueError: for a score that is not a number, or k below 1.
+    """
+    if k < 1 or scores.isnan().any():
+        raise ValueError(f"recall_at: received k={k} and {int(scores.isnan().sum())} scores that are NaN, expected k >= 1 and none")
+    target = torch.arange(len(scores), device=scores.device) if target is None else target
+    own = scores.gather(1, target.unsqueeze(1))
+    better, equal = (scores > own).sum(1).double(), (scores == own).sum(1)
+    return ((k - better) / equal).clamp(0, 1)
+
+
+def text_scores(texts: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
+    """How near texts are to the true ones, one for one (sacrebleu).
+
+    Arguments:
+        texts: what a model made.
+        truths: as many; not what a tokenizer made of them, or its unknown words would count as right.
+
+    Returns:
+        ``exact_match`` in [0, 1], runs of blanks counting as one; ``bleu`` and ``chrf`` of the corpus in [0, 100], with sacrebleu's
+        defaults, except that n-grams longer than every text are left out: of one-word captions BLEU is that of words.
+
+    Raises:
+        ValueError: for no texts, or not as many as truths.
+
+    References:
+        Post (2018), A call for clarity in reporting BLEU scores, https://arxiv.org/abs/1804.08771
+        Popovic (2015), chrF, https://aclanthology.org/W15-3049
+    """
+    import sacrebleu
+
+    if len(texts) != len(truths) or not texts:
+        raise ValueError(f"text_scores: received {len(texts)} texts and {len(truths)} truths, expected as many, and at least one")
+    exact = sum(made.split() == true.split() for made, true in zip(texts, truths, strict=True)) / len(texts)
+    # force: no word to the user about tokenized text, which is what some data sets hold
+    bleu = sacrebleu.corpus_bleu(list(texts), [list(truths)], use_effective_order=True, force=True).score
+    return {"exact_match": exact, "bleu": bleu, "chrf": sacrebleu.corpus_chrf(list(texts), [list(truths)]).score}

@@ -2,22 +2,31 @@
 
     accelerate launch recipes/evaluate.py --model outputs/text_vae_ptb --dataset path/to/ptb --split test --importance_samples 500
     accelerate launch recipes/evaluate.py --model user/name --dataset sprites:3
+    accelerate launch recipes/evaluate.py --model outputs/mmvae --dataset sprites:3 --judge outputs/sprites_judge
+    accelerate launch recipes/evaluate.py --model outputs/seed0 outputs/seed1 outputs/seed2 --dataset path/to/multi30k
 
+A joint model is also asked to retrieve, translate and describe; see mmvae/coherence.py. Of several models there are also means and
+deviations: --output is their JSON, and each folder gets its own.
 Results are independent of batch size and number of processes; the noise of a row is keyed by (seed, row).
 """
 
 import json
+import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
-import mmvae  # noqa: F401  registers the classes
-from mmvae.data import ImageColumn, Loader, Rows, TextColumn, find_column, load_rows, splits
-from mmvae.evaluation import binarization, evaluate_vae
+from mmvae import MMVAE
+from mmvae.coherence import evaluate_joint
+from mmvae.data import Column, ImageColumn, Loader, Rows, TextColumn, as_modalities, find_column, load_rows, splits
+from mmvae.evaluation import binarization, evaluate_conditional, evaluate_vae
 from mmvae.experiment import parse, precision
+from mmvae.judge import Judge
+from mmvae.options import parse_modalities
 from mmvae.pictures import table
 from mmvae.record import public
 
@@ -26,55 +35,122 @@ from mmvae.record import public
 class EvaluationArguments:
     """Options of an evaluation."""
 
-    model: str = field(default="outputs/text_vae", metadata={"help": "model folder or Hub id"})
+    model: list[str] = field(default_factory=lambda: ["outputs/text_vae"], metadata={"help": "model folder or Hub id, or several"})
     dataset: str = field(default="sprites:5", metadata={"help": "Hub id, local folder or file, or sprites:LEVEL (built in)"})
     split: str = "test"
     column: str | None = field(default=None, metadata={"help": "column of the text or pictures; guessed when there is only one"})
+    modalities: str | None = field(default=None, metadata={"help": "of a joint model, name:kind[:column], separated by commas; guessed"})
     max_rows: int | None = field(default=None, metadata={"help": "evaluate the first rows only; the result says so"})
     max_length: int = 512
     truncate: bool = False
     batch_size: int = 100
     importance_samples: int = field(default=100, metadata={"help": "per row, for the log-likelihood; 0 leaves it out"})
+    conditional_samples: int = field(default=0, metadata={"help": "the same of one modality given the others, of a joint model"})
+    num_generated: int = field(default=1000, metadata={"help": "first rows of which a joint model generates; 0 leaves that out"})
+    num_beams: int = field(default=1, metadata={"help": "of the texts that are generated"})
+    judge: str | None = field(default=None, metadata={"help": "folder of a judge of sprites, of recipes/sprites_judge.py"})
     mixed_precision: str = "no"
     seed: int = 0
     output: str | None = field(default=None, metadata={"help": "JSON file; evaluation-SPLIT.json in a local model folder by default"})
+
+    def __post_init__(self) -> None:
+        if self.judge and self.dataset.split(":")[0] != "sprites":
+            raise ValueError(f"judge: received {self.judge!r} with dataset {self.dataset!r}, expected sprites:LEVEL")
+
+
+def column_of(model: PreTrainedModel, processor: Any, name: str, args: EvaluationArguments) -> Column:
+    """What a model of one modality takes from a column."""
+    if model.input_modalities[0] == "text":
+        return TextColumn(name, processor, args.max_length, args.truncate)
+    pixels = {"background": tuple(processor.background), "resize": processor.resize_mode}
+    return ImageColumn(name, model.config.height_width, model.config.num_channels, **pixels)
+
+
+def joint_columns(model: MMVAE, processor: Any, data: Any, args: EvaluationArguments) -> dict[str, Column]:
+    """The column of every modality, in the order of the model's."""
+    processor.check(model.config)
+    guessed = ",".join(f"{name}:{vae.input_modalities[0]}" for name, vae in model.vaes.items())
+    found = parse_modalities(args.modalities or guessed, ("image", "text"))
+    if sorted(found) != sorted(model.modalities):
+        raise ValueError(f"modalities: received {list(found)}, expected the model's, {list(model.modalities)}")
+    columns = {}
+    for name, vae in model.vaes.items():
+        kind, column = found[name]
+        column = find_column(data, kind, column or (name if name in data.column_names else None))
+        columns[name] = column_of(vae, processor.parts[name], column, args)
+    return columns
+
+
+def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> dict[str, Any]:
+    """The record of one model."""
+    judge = Judge.from_pretrained(args.judge) if args.judge else None
+    model = AutoModel.from_pretrained(name, dtype="float32").to(accelerator.device)
+    processor = AutoProcessor.from_pretrained(name)
+    # a set without a validation split gives one up from its training rows, and the recipes evaluate that one
+    data = splits(args.dataset)["validation"] if args.split == "validation" else load_rows(args.dataset, args.split)
+    data = data if args.max_rows is None else data.select(range(min(args.max_rows, len(data))))
+    joint, transform = isinstance(model, MMVAE), None
+    if joint:
+        columns = as_modalities(joint_columns(model, processor, data, args))
+    else:
+        columns = column_of(model, processor, find_column(data, model.input_modalities[0], args.column), args)
+        transform = binarization(model.config.binarize) if isinstance(columns, ImageColumn) else None
+    rows = Rows(data, columns, name=args.dataset, on_empty="skip" if joint else "error")
+    loader = Loader(rows, args.batch_size, shuffle=False, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    began = time.perf_counter()
+    options = {"num_samples": args.importance_samples, "seed": args.seed, "transform": transform}
+    figures = evaluate_vae(accelerator, accelerator.prepare(model), loader, **options)
+    if joint and args.conditional_samples:
+        figures |= evaluate_conditional(accelerator, model, loader, num_samples=args.conditional_samples, seed=args.seed)
+    if joint:
+        truths = {column.modality: list(data[column.name]) for column in columns if isinstance(column, TextColumn)}
+        options = {"num_generated": args.num_generated, "num_beams": args.num_beams, "seed": args.seed}
+        options |= {"judge": judge, "level": data.level} if judge else {}
+        figures |= evaluate_joint(accelerator, model, processor, rows, truths, **options)
+    accelerator.free_memory()
+    record = {"model": shown(name), "dataset": shown(args.dataset), "split": args.split, "rows": loader.num_rows, "seed": args.seed}
+    return record | {"seconds": round(time.perf_counter() - began, 1), "metrics": figures}
+
+
+def shown(name: str) -> str:
+    """A Hub id, or of a path only the last part."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the models and sample deviations, of the figures that all of them have."""
+    names = [name for name in records[0]["metrics"] if all(name in record["metrics"] for record in records)]
+    values = {name: [record["metrics"][name] for record in records] for name in names}
+    first = {key: records[0][key] for key in ("dataset", "split", "rows", "seed")}
+    means = {"metrics": {name: statistics.fmean(each) for name, each in values.items()}}
+    return {"models": records} | first | means | {"deviation": {name: statistics.stdev(each) for name, each in values.items()}}
 
 
 def main() -> None:
     """Load, evaluate, print and write."""
     (args,) = parse(EvaluationArguments)
     accelerator = Accelerator(mixed_precision=precision(args.mixed_precision))
-    model = AutoModel.from_pretrained(args.model, dtype="float32").to(accelerator.device)
-    processor = AutoProcessor.from_pretrained(args.model)
-    # a set without a validation split gives one up from its training rows, and the recipes evaluate that one
-    rows = splits(args.dataset)["validation"] if args.split == "validation" else load_rows(args.dataset, args.split)
-    rows = rows if args.max_rows is None else rows.select(range(min(args.max_rows, len(rows))))
-    kind = model.input_modalities[0]
-    name, transform = find_column(rows, kind, args.column), None
-    if kind == "image":
-        pixels = {"background": tuple(processor.background), "resize": processor.resize_mode}
-        column = ImageColumn(name, model.config.height_width, model.config.num_channels, **pixels)
-        transform = binarization(model.config.binarize)
-    else:
-        column = TextColumn(name, processor, args.max_length, args.truncate)
-    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    loader = Loader(Rows(rows, column, name=args.dataset), args.batch_size, shuffle=False, **place)
-    began = time.perf_counter()
-    options = {"num_samples": args.importance_samples, "seed": args.seed, "transform": transform}
-    figures = evaluate_vae(accelerator, accelerator.prepare(model), loader, **options)
-    names = {
-        name: Path(value).resolve().name if Path(value).exists() else value
-        for name, value in (("model", args.model), ("dataset", args.dataset))
-    }
-    record = names | {"split": args.split, "rows": loader.num_rows, "seed": args.seed}
-    record |= {"seconds": round(time.perf_counter() - began, 1), "metrics": figures}
-    if accelerator.is_main_process:
-        print(table({"figure": list(figures), "value": list(figures.values())}))
-        default = Path(args.model) / f"evaluation-{args.split}.json" if Path(args.model).is_dir() else Path("evaluation.json")
-        output = Path(args.output) if args.output else default
-        output.write_text(json.dumps(public(record), indent=2) + "\n", encoding="utf-8")
-        print(f"{loader.num_rows} rows, {record['seconds']} s; written to {output}")
+    records = []
+    for name in args.model:
+        records.append(record := evaluate(accelerator, name, args))
+        if accelerator.is_main_process:
+            print(table({"figure": list(record["metrics"]), "value": list(record["metrics"].values())}))
+            default = Path(name) / f"evaluation-{args.split}.json" if Path(name).is_dir() else Path("evaluation.json")
+            write(record, default if args.output is None or len(args.model) > 1 else Path(args.output))
+            print(f"{record['rows']} rows, {record['seconds']} s")
+    if len(records) > 1 and accelerator.is_main_process:
+        both = summary(records)
+        print(
+            table({"figure": list(both["metrics"]), "mean": list(both["metrics"].values()), "deviation": list(both["deviation"].values())})
+        )
+        write(both, Path(args.output or f"evaluation-{args.split}.json"))
     accelerator.end_training()
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """A record as JSON."""
+    path.write_text(json.dumps(public(record), indent=2) + "\n", encoding="utf-8")
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

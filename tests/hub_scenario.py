@@ -81,7 +81,7 @@ def scenario(hub, folder):
 
     push(folder, "alice/open")
     seen["public_asked_private"] = failure(lambda: push(folder, "alice/open", private=True))
-    seen["own"] = {name: own(hub, folder.parent / "own", name) for name in ("text_vae", "image_vae")}
+    seen["own"] = {name: own(hub, folder.parent / "own", name) for name in ("text_vae", "image_vae", "joint_vae")}
     seen["unknown_endpoints"] = hub.srv.unknown
     return seen
 
@@ -89,22 +89,27 @@ def scenario(hub, folder):
 def own(hub, root, name):
     """What came back of a run of a real recipe with ``--push_to_hub``."""
     import torch
-    from recipe_runs import IMAGE, TEXT, pictures, run, sentences
+    from recipe_runs import IMAGE, TEXT, TINY, pictures, run, sentences
     from transformers import AutoModel, AutoProcessor
 
-    data, options = (sentences(root / "text"), TEXT) if name == "text_vae" else (pictures(root / "image"), IMAGE)
+    small = ["--modalities", "words:text:text", "--vaes", '{"text": {"embedding_size": 8, "hidden_size": 8}}', "--private_dims", "{}"]
+    small += ["--modality_dropout", "{}", "--likelihood_weights", "{}", "--densities", "{}", "--objective", "elbo", *TINY]
+    makers = {"text_vae": (sentences, TEXT), "image_vae": (pictures, IMAGE), "joint_vae": (sentences, small)}
+    data, options = makers[name][0](root / f"{name} data"), makers[name][1]
     place = ["--dataset", str(data), "--output_dir", str(root / name), "--push_to_hub", "--hub_model_id", f"alice/{name}"]
     run(name, [*place, "--hub_private", "--hub_token", os.environ["HF_TOKEN"], *options])
     here, there = AutoModel.from_pretrained(root / name), AutoModel.from_pretrained(f"alice/{name}")
     processor = AutoProcessor.from_pretrained(f"alice/{name}")
     if name == "text_vae":
         inputs = processor(["small red heart", "blue"], padding=True, return_tensors="pt")
+    elif name == "joint_vae":
+        inputs = processor(words=["small red heart", "blue"], return_tensors="pt")
     else:
         inputs = processor([torch.full((3, 30, 20), 7, dtype=torch.uint8)], return_tensors="pt")
     return state(hub, f"alice/{name}") | {
         "class": type(there).__name__,
         "weights_equal": all(torch.equal(x, there.state_dict()[key]) for key, x in here.state_dict().items()),
-        "latents_equal": torch.equal(here.encode(**inputs).mean, there.encode(**inputs).mean),
+        "latents_equal": torch.equal(here.posterior(**inputs).mixture.mean, there.posterior(**inputs).mixture.mean),
     }
 
 

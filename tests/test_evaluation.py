@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from mmvae import ImageVAE, ImageVAEConfig, TextVAE, TextVAEConfig
-from mmvae.data import ImageColumn, Loader, Rows, TextColumn
+from mmvae import MMVAE, ImageVAE, ImageVAEConfig, MMVAEConfig, TextVAE, TextVAEConfig
+from mmvae.data import ImageColumn, Loader, Rows, TextColumn, as_modalities
 from mmvae.evaluation import binarization, evaluate_elbo, evaluate_vae, model_inputs
 from mmvae.noise import fold
 from mmvae.processing import train_tokenizer
@@ -121,6 +121,16 @@ def test_active_units(kind, scale, active):
 def test_one_row_can_be_evaluated():
     figures = evaluate_vae(Accelerator(cpu=True), model_of("text"), Loader(rows_of("text", 1), 8), num_samples=2)
     assert math.isfinite(figures["neg_elbo_nats"]) and figures["mutual_information_nats"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_joint_model_of_one_modality_is_evaluated_as_one_of_many():
+    tokenizer = train_tokenizer(SENTENCES)
+    child = TextVAEConfig(vocab_size=60, hidden_size=16, embedding_size=8, latent_dim=3)
+    model = MMVAE(MMVAEConfig(modalities={"words": child}, latent_dim=3))
+    rows = Rows(Dataset.from_dict({"text": SENTENCES}), as_modalities({"words": TextColumn("text", tokenizer)}))
+    figures = evaluate_vae(Accelerator(cpu=True), model, Loader(rows, 8), num_samples=2)
+    assert figures["reconstruction_nats_words"] == figures["reconstruction_nats"]
+    assert figures["neg_elbo_nats"] == pytest.approx(figures["reconstruction_nats"] + figures["kl_nats"], rel=1e-6)
 
 
 # ---- binarisation

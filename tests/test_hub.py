@@ -183,6 +183,7 @@ def test_push_and_back(seen):
     [
         ("text_vae", "TextVAE", {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "figures/curves.png"}),
         ("image_vae", "ImageVAE", {"preprocessor_config.json", "figures/samples.png", "figures/reconstructions.png"}),
+        ("joint_vae", "MMVAE", {"processor_config.json", "words/tokenizer.json", "words/tokenizer_config.json"}),
     ],
 )
 def test_a_recipe_pushes_its_folder_and_it_comes_back(seen, name, kind, files):

@@ -7,7 +7,7 @@ import torch
 from linear_gaussian import linear_gaussian
 
 from mmvae.distributions import DiagNormal
-from mmvae.metrics import active_units, bits_per_dim, mutual_information, perplexity, psnr, ssim
+from mmvae.metrics import active_units, bits_per_dim, mutual_information, perplexity, psnr, recall_at, ssim, text_scores
 from mmvae.noise import fold
 
 
@@ -95,10 +95,10 @@ def test_log_marginal_does_not_depend_on_chunks_and_encodes_once_in_bounded_memo
         model.calls, model.most_rows = 0, 0
         values.append(model.log_marginal(values=x, num_samples=100, chunk_size=chunk_size, noise_key=keys))
         assert model.calls == 1
-        assert model.most_rows == min(chunk_size or 100, 100) * len(x)
+        assert model.most_rows == min(chunk_size or 512 // len(x), 100) * len(x)
         torch.testing.assert_close(values[-1], values[0])
     model.log_marginal(values=x, num_samples=3000)
-    assert model.most_rows <= 2048
+    assert model.most_rows <= 512
 
 
 def test_log_marginal_follows_the_keys():
@@ -109,3 +109,46 @@ def test_log_marginal_follows_the_keys():
     torch.testing.assert_close(model.log_marginal(values=x[order], num_samples=3, noise_key=keys[order]), value[order])
     assert not torch.allclose(model.log_marginal(values=x, num_samples=3, noise_key=keys + 1), value)
     assert not torch.allclose(model.log_marginal(values=x, num_samples=3), model.log_marginal(values=x, num_samples=3))
+
+
+def test_recall_counts_the_better_ones():
+    scores = torch.tensor([[3.0, 2, 1, 0], [3, 2, 1, 0], [3, 2, 1, 0], [3, 2, 1, 0]])
+    assert [recall_at(scores, k).tolist() for k in (1, 2, 3)] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
+    assert recall_at(scores, 9).tolist() == [1, 1, 1, 1]
+    assert recall_at(scores[:2], 1, torch.tensor([3, 0])).tolist() == [0, 1]
+
+
+def test_recall_shares_ties_so_that_equal_scores_are_chance():
+    assert recall_at(torch.zeros(10, 10), 3).tolist() == pytest.approx([0.3] * 10)
+    scores = torch.tensor([[1.0, 5, 1, 1, 0]])  # one is better, three are equal: a third of them has the second place
+    assert [recall_at(scores, k).item() for k in (1, 2, 3, 4)] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert recall_at(torch.full((2, 2), -math.inf), 1).tolist() == [0.5, 0.5]
+    random = recall_at(torch.rand(2000, 50), 10, torch.zeros(2000, dtype=torch.int64))
+    assert random.mean() == pytest.approx(0.2, abs=0.04)
+
+
+def test_recall_refuses_what_has_no_order():
+    with pytest.raises(ValueError, match="k=1 and 1 scores that are NaN"):
+        recall_at(torch.tensor([[math.nan, 1.0]]), 1)
+    with pytest.raises(ValueError, match="k=0"):
+        recall_at(torch.zeros(1, 1), 0)
+
+
+def test_text_scores():
+    truths = ["a big red heart at top left", "a small  blue square on dark"]
+    assert text_scores(["a big red heart at top left", "a small blue square on dark"], truths) == pytest.approx(
+        {"exact_match": 1, "bleu": 100, "chrf": 100}
+    )
+    half = text_scores([truths[0], "nothing"], truths)
+    assert half["exact_match"] == 0.5 and 10 < half["bleu"] < 70 and 20 < half["chrf"] < 80
+    assert text_scores(["", ""], truths) == {"exact_match": 0, "bleu": 0, "chrf": 0}
+    assert text_scores(["heart", "square"], ["heart", "ellipse"])["bleu"] == pytest.approx(50)  # no text has two words
+    with pytest.raises(ValueError, match="received 1 texts and 2 truths"):
+        text_scores(["a"], truths)
+
+
+def test_bleu_is_that_of_the_paper():
+    # Papineni et al. (2002): 4-, 3-, 2- and 1-gram precisions of one sentence, and the penalty for being short
+    truth, made = "a b c d e f g", "a b c d f"
+    expected = math.exp(1 - 7 / 5) * (5 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    assert text_scores([made], [truth])["bleu"] == pytest.approx(100 * expected)
