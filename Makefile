@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	@find $(OUT)/figures -name '*.png' | sort | sed 's/^/  /'
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
