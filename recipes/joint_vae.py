@@ -4,7 +4,7 @@
     accelerate launch recipes/joint_vae.py --dataset path/to/emoji --modalities image:image,text:text
     accelerate launch recipes/joint_vae.py --dataset path/to/multi30k --modalities en:text,de:text
 
-Start the same command again after a stop and it goes on where it was. Results so far: see the configs.
+Start the same command again after a stop and it goes on where it was. Result on sprites, level 3, 15 epochs: see README.md.
 """
 
 import json
