@@ -94,7 +94,9 @@ def children(joint: JointArguments, data: Mapping[str, Any], args: JointRun) -> 
     configs, processors, columns = {}, {}, {}
     for name, (kind, column) in joint.kinds.items():
         options = joint.vaes.get(name, {}) | {"latent_dim": joint.latent_dim + joint.private_dims.get(name, 0)}
-        source = find_column(data["train"], kind, column or (name if name in data["train"].column_names else None))
+        source = find_column(data["train"], kind, column or (name if name in (data["train"].column_names or ()) else None))
+        if source in {column.name for column in columns.values()}:
+            raise ValueError(f"modalities: column {source!r} is taken already, expected another one for {name!r}: {name}:{kind}:column")
         if kind == "image":
             configs[name] = config = ImageVAEConfig(**options)
             columns[name] = pixels = ImageColumn(source, config.height_width, config.num_channels)

@@ -254,3 +254,11 @@ def test_autocast_keeps_the_loss():
     torch.testing.assert_close(out.loss_rows, expected, rtol=0.05, atol=1.0)
     out.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_first_convolution_stands_for_the_embedding():
+    model = make()
+    first = model.get_input_embeddings()
+    assert first is model.encoder.stem[1]
+    model.set_input_embeddings(torch.nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1))
+    assert model.get_input_embeddings() is not first

@@ -119,3 +119,10 @@ def test_sprites_are_trained_on_and_judged(tmp_path, monkeypatch, capsys):
         assert 0 <= figures[f"{way}/strict"] <= figures[f"{way}/shape"] <= 1
     assert 0 <= figures["joint/refused"] <= 1 and figures["text_to_image/malformed"] == 0
     assert "text\\_to\\_image/strict" in capsys.readouterr().out
+
+
+def test_two_modalities_of_one_column_are_refused_before_any_work(data, tmp_path):
+    options = ["--modalities", "a:text:en,b:text:en", "--likelihood_weights", "{}", "--private_dims", "{}"]
+    with pytest.raises(ValueError, match="column 'en' is taken already, expected another one for 'b'"):
+        run("joint_vae", ["--dataset", data, "--output_dir", str(tmp_path / "out"), *JOINT, *options])
+    assert not (tmp_path / "out" / "checkpoints").exists()

@@ -153,6 +153,14 @@ class ImageVAE(VAEModel):
         self.latent_prior = self.build_prior()
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The first convolution, from 2x2 patches of pixels to features: what comes nearest to an embedding."""
+        return self.encoder.stem[1]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the first convolution."""
+        self.encoder.stem[1] = value
+
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(D,), or (D, h, w) when the latent is spatial."""
