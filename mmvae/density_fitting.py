@@ -5,6 +5,7 @@ r"""Densities over the latents of a trained joint model, so that what it makes f
 Reference: Ghosh et al. (2020), From variational to deterministic autoencoders, https://arxiv.org/abs/1903.12436
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from mmvae.densities import build_density
 from mmvae.evaluation import model_inputs
 from mmvae.models.mmvae import MMVAE
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -29,6 +32,8 @@ def fit_densities(
             the options of its fit, which are not kept.
         num_draws: samples of each row's posterior.
         seed: of the draws and the fits.
+
+    A density with too few rows (20, or ten ninths of its components) is left out with a warning.
 
     Returns:
         Figures by name: ``densities/shared/held_out_log_prob_nats`` and so on.
@@ -48,12 +53,18 @@ def fit_densities(
             for name, pair in _pairs(model, inputs, options, num_draws).items():
                 latents[name].append(pair)
         for name, pairs in latents.items():
-            x, context = (None if values[0] is None else torch.cat(values, 1) for values in zip(*pairs, strict=True))
             density = build_density(*model.config.density_dims(name), kinds[name]).to(model.device)
+            x, context = (
+                None if not values or values[0] is None else torch.cat(values, 1) for values in (zip(*pairs) if pairs else ((), ()))
+            )
+            rows = 0 if x is None else x.shape[1]
+            if rows < max(20, kinds[name].get("num_components", 0) * 10 // 9 + 1):
+                logger.warning("density %s is not fitted: %d rows, expected more; the prior stays in its place", name, rows)
+                continue
             fit = density.fit(x, context, seed=seed, **options[name].get("training", {}))
             figures |= {f"densities/{name}/{figure}": value for figure, value in fit.items()}
             model.densities[name] = density
-    model.config.densities = model.config.densities | kinds
+            model.config.densities = model.config.densities | {name: kinds[name]}
     return figures
 
 

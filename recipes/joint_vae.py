@@ -148,6 +148,8 @@ def main() -> None:
     def draw(model: MMVAE, figures: Path) -> dict[str, str]:
         batch = next(Loader(loaders["validation"].rows, 64, seed=args.seed, pool=0).batches(0))
         batch = {name: value[batch["present"].all(1)][:8].to(model.device) for name, value in batch.items() if name in model.input_names}
+        if not len(batch["present"]):
+            return side_by_side(generate(model, model.modalities, 8), figures, "from the prior")
         own, _ = model.split(batch)
         real = {name: readable(name, next(iter(own[name].values()))) for name in model.modalities}
         tables = {}

@@ -40,6 +40,16 @@ def test_densities_are_fitted_kept_and_used(tmp_path):
     assert torch.equal(z, model.densities["shared"].sample(200, torch.Generator().manual_seed(1)))
 
 
+def test_what_has_too_few_rows_is_left_out_and_told(caplog):
+    model = joint(private=2, aggregation="poe")
+    apart = torch.arange(40) % 2 == 0
+    rows = [batch(40) | {"present": torch.stack([apart, ~apart], 1), "row": torch.arange(40)}]
+    figures = fit_densities(model, rows, OPTIONS)
+    assert set(model.densities) == set(model.config.densities) == {"shared", "private_image"}
+    assert not any("shared_given_text" in name for name in figures)
+    assert "density shared_given_text is not fitted: 0 rows" in caplog.text
+
+
 def test_refusals_come_before_any_work():
     model = joint()
     with pytest.raises(ValueError, match="densities: received 'private_image', expected one of"):

@@ -304,6 +304,15 @@ def test_tied_words_stay_tied(tmp_path):
     [
         ({"modalities": {}}, "modalities: received none"),
         ({"modalities": {"image": {"latent_dim": 3}}}, r"modalities\['image'\]: received .* model_type"),
+        ({"modalities": {"a": {"model_type": "llama", "latent_dim": 3}}}, r"\['a'\]: received model_type 'llama', expected that of a VAE"),
+        ({"modalities": {"a": {"model_type": "mmvae", "modalities": {}}}}, r"\['a'\]: received model_type 'mmvae', expected that of a VAE"),
+        ({"modalities": {"keys": ImageVAEConfig(**IMAGE)}}, "modalities: received the name 'keys'"),
+        ({"inference_aggregation": "mixture"}, "inference_aggregation: received .*parameters of mixture"),
+        ({"objective": "jmvae"}, "aggregation: received 'mopoe' with objective 'jmvae', expected 'poe'"),
+        (
+            {"objective": "mmvm", "aggregation": "moe", "inference_aggregation": "poe"},
+            "inference_aggregation: received 'poe' with objective",
+        ),
         ({"modalities": {"an image": ImageVAEConfig(**IMAGE)}}, "modalities: received the name 'an image'"),
         ({"modalities": {"image": ImageVAEConfig(**IMAGE | {"prior": "vamp"})}}, r"modalities\['image'\].prior: received 'vamp'"),
         ({"modalities": {"a": ImageVAEConfig(**IMAGE), "b": TextVAEConfig(**TEXT | {"latent_dim": 9})}}, "latent_dim: received None with"),
@@ -355,6 +364,30 @@ def test_wrong_inputs_are_named():
         model.generate("audio", **inputs)
     with pytest.raises(TypeError, match="generate: received 'max_tokens'"):
         model.generate("image", **inputs, max_tokens=3)
+
+
+def test_what_is_not_present_is_not_visible():
+    model, inputs = joint(), batch()
+    seen = model.posterior(**inputs, present=PRESENT, visible=torch.ones(5, 2, dtype=torch.bool))
+    assert torch.equal(seen.visible, PRESENT)
+    torch.testing.assert_close(seen.mixture.mean, model.posterior(**inputs, present=PRESENT).mixture.mean)
+
+
+def test_a_row_with_nothing_gets_the_prior_that_there_is():
+    model, inputs = joint(prior="mixture"), batch()
+    with torch.no_grad():
+        model.latent_prior.loc.fill_(40.0)
+    seen = []
+    model.vaes["image"].render = lambda z: seen.append(z) or z
+    nothing = torch.tensor([[0, 0], [1, 1], [0, 0], [1, 0], [0, 1]]).bool()
+    model.generate("image", 2, **inputs, present=nothing)
+    empty = (~nothing.any(1)).repeat_interleave(2)
+    assert (seen[0][empty] > 30).all()
+    assert (seen[0][~empty] < 30).all()
+    alone = {"num_samples": 4, "noise_key": KEYS, "present": torch.tensor([False, True]).expand(5, 2), **inputs}
+    torch.testing.assert_close(model.log_conditional("text", **alone), model.log_marginal(**alone))
+    with pytest.raises(ValueError, match="target: received 'text' without its inputs"):
+        model.log_conditional("text", pixel_values=inputs["pixel_values"])
 
 
 def test_likelihood_weights_change_the_loss_and_no_figure():

@@ -182,8 +182,13 @@ class MMVAEConfig(VAEConfig):
                 )
         bind("MMVAEConfig.aggregation_options", AGGREGATIONS[self.aggregation], self.aggregation_options, ("experts", "visible", "prior"))
         bind("MMVAEConfig.objective_options", OBJECTIVES[self.objective], self.objective_options, ("terms", "beta"))
-        if self.objective == "mmvm" and self.aggregation != "moe":
-            raise ValueError(f"MMVAEConfig.aggregation: received {self.aggregation!r} with objective 'mmvm', expected 'moe'")
+        needed = {"mmvm": "moe", "jmvae": "poe", "mvtcae": "poe"}.get(self.objective)
+        for option in ("aggregation", "inference_aggregation"):
+            value = getattr(self, option)
+            if needed and value not in (needed, None):
+                raise ValueError(f"MMVAEConfig.{option}: received {value!r} with objective {self.objective!r}, expected {needed!r}")
+        inferring = self.aggregate(training=False)
+        bind("MMVAEConfig.inference_aggregation", inferring.func, inferring.keywords, ("experts", "visible", "prior"))
         for option, most in (("likelihood_weights", 1e30), ("modality_dropout", 1)):
             for name, value in getattr(self, option).items():
                 if name not in self.modalities:
@@ -219,12 +224,21 @@ class MMVAEConfig(VAEConfig):
 
 def _child(name: str, child: Any) -> PreTrainedConfig:
     """A child's configuration, from one, or from its fields with their ``model_type``."""
-    if not name.isidentifier():
-        raise ValueError(f"MMVAEConfig.modalities: received the name {name!r}, expected letters, digits and underscores")
-    if isinstance(child, PreTrainedConfig):
+    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"MMVAEConfig.modalities: received the name {name!r}, expected letters, digits and underscores, and no name of torch's"
+        )
+    kind = child.get("model_type") if isinstance(child, Mapping) else getattr(child, "model_type", None)
+    if isinstance(child, Mapping) and kind is not None and kind != MMVAEConfig.model_type:
+        child = _built(name, child)
+    if isinstance(child, VAEConfig) and not isinstance(child, MMVAEConfig):
         return child
-    if not isinstance(child, Mapping) or "model_type" not in child:
-        raise ValueError(f"MMVAEConfig.modalities[{name!r}]: received {child!r}, expected a configuration, or its fields with a model_type")
+    if kind is not None:  # before anything of it is built: it may be of any size
+        raise ValueError(f"MMVAEConfig.modalities[{name!r}]: received model_type {kind!r}, expected that of a VAE of one modality")
+    raise ValueError(f"MMVAEConfig.modalities[{name!r}]: received {child!r}, expected a configuration, or its fields with a model_type")
+
+
+def _built(name: str, child: Mapping[str, Any]) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**child)
     except (ValueError, TypeError, StrictDataclassError) as error:

@@ -102,6 +102,9 @@ class JointGeneration(VAE):
             rows = torch.arange(q.mixture.batch_shape[0], device=self.device)
             return q.mixture.components.loc[self._fullest(q), rows].repeat_interleave(num_samples, 0)
         z = q.mixture.sample((num_samples,)).transpose(0, 1).clone()
+        nothing = ~q.visible.any(1)
+        if bool(nothing.any()):
+            z[nothing] = self.sample_prior(int(nothing.sum()) * num_samples).unflatten(0, (-1, num_samples)).to(z)
         for m, (name, expert) in enumerate(q.experts.items()):
             density = f"shared_given_{name}"
             alone = q.visible[:, m] & (q.visible.sum(1) == 1)

@@ -37,8 +37,6 @@ from mmvae.noise import fold, keyed_uniform
 from mmvae.objectives import OBJECTIVES, Objective, Terms
 from mmvae.priors import PRIORS, LearnedNormal
 
-__all__ = ["MMVAE", "JointPosterior", "MMVAEConfig"]
-
 _COMPONENT, _PRIVATE, _HIDDEN = 0x636F6D70, 0x70726976, 0x68696464  # keep the noise of each apart
 _FEW = 4  # components up to which draw="auto" decodes all
 
@@ -132,11 +130,12 @@ class MMVAE(JointGeneration):
     def split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Each modality's own inputs and conditions by the names that it knows, and what no modality takes. What is None is not given."""
         rest = {name: value for name, value in inputs.items() if value is not None}
-        own: dict[str, dict[str, Tensor]] = {}
+        own, taken = {}, set()  # two modalities may share a condition
         for modality, names in self._names.items():
             aliases = {alias: child for child, name in names.items() for alias in (name, f"{modality}_{child}")}
-            own[modality] = {child: rest.pop(alias) for alias, child in aliases.items() if alias in rest}
-        return own, rest
+            own[modality] = {child: rest[alias] for alias, child in aliases.items() if alias in rest}
+            taken |= aliases.keys()
+        return own, {name: value for name, value in rest.items() if name not in taken}
 
     def _given(self, received: Mapping[str, Any]) -> _Given:
         own, rest = self.split(received)
@@ -152,7 +151,7 @@ class MMVAE(JointGeneration):
             raise ValueError(f"inputs: received different numbers of rows, {sizes}, expected the same")
         here = torch.tensor([bool(parts) for parts in inputs.values()], device=self.device).expand(next(iter(sizes.values())), -1)
         present = self._mask("present", masks["present"], here, inputs)
-        visible = present if masks["visible"] is None else self._mask("visible", masks["visible"], here, inputs)
+        visible = present if masks["visible"] is None else present & self._mask("visible", masks["visible"], here, inputs)
         conditions = {name: {k: v for k, v in own[name].items() if k in vae.condition_names} for name, vae in self.vaes.items()}
         return _Given(inputs, conditions, present, visible)
 
@@ -340,8 +339,12 @@ class MMVAE(JointGeneration):
         """
         names = [target] if isinstance(target, str) else list(target)
         given = self._given(inputs)
+        for name in names:
+            if self._modality(name) is not None and not given.inputs[name]:
+                raise ValueError(f"target: received {name!r} without its inputs, expected what is to be scored")
         others = given.present.clone()
-        others[:, [self.modalities.index(name) for name in names if self._modality(name) is not None]] = False
+        others[:, [self.modalities.index(name) for name in names]] = False
         options = {"num_samples": num_samples, "noise_key": noise_key}
         joint = self.log_marginal(**options, **inputs)
-        return joint - self.log_marginal(**options, **inputs | {"present": others, "visible": others})
+        rest = self.log_marginal(**options, **inputs | {"present": others, "visible": others})
+        return joint - torch.where(others.any(1), rest, 0.0)  # the likelihood of nothing is 1
