@@ -191,7 +191,7 @@ def test_trackers_get_figures_pictures_and_sentences(finished):
     [
         ("text_vae", ["--text_column", "words"], r"no column 'words', expected one of: label \(int64\), text \(string\)"),
         ("image_vae", ["--image_column", "words"], r"no column 'words', expected one of: image \(Image\)"),
-        ("text_vae", ["--objective", "elbow"], r"objective: received 'elbow', expected one of \['dreg', 'elbo', 'iwae'\]"),
+        ("text_vae", ["--objective", "elbow"], r"objective: received 'elbow', expected one of \['dreg', 'elbo', 'iwae', "),
         ("text_vae", ["--kl_schedule", "step"], r"kl_schedule: received 'step', expected one of \['constant'"),
         ("text_vae", ["--lr_schedule", "step"], r"lr_schedule: received 'step', expected one of \['constant'"),
         ("text_vae", ["--latent_dims", "3"], r"unknown option '--latent_dims'; the nearest one is '--latent_dim'"),
