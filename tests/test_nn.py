@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, GRUEncoder, ResidualBlock, fold_leading, linear_cross_entropy, receptive_radius
 
@@ -100,6 +101,13 @@ def test_linear_cross_entropy_equals_torch(max_logits, even):
     gradients = torch.autograd.grad((weights * received).sum(), parameters)
     for gradient, reference in zip(gradients, torch.autograd.grad((weights * expected).sum(), parameters)):
         torch.testing.assert_close(gradient, reference)
+
+
+def test_linear_cross_entropy_makes_no_gradient_that_nobody_wants():
+    x, weight, bias = torch.randn(6, 4), torch.randn(9, 4, requires_grad=True), torch.zeros(9, requires_grad=True)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        linear_cross_entropy(x, weight, bias, torch.arange(6))
+    assert counter.get_total_flops() == 2 * 6 * 4 * 9
 
 
 def test_linear_cross_entropy_of_some_frozen_parameters():
