@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmvae.density import Density, Values, check_integer
+from mmvae.density import Density, TooFewRows, Values, check_integer
 
 
 class GaussianMixtureDensity(Density):
@@ -65,7 +65,7 @@ class GaussianMixtureDensity(Density):
     def _check_number(self, rows: int, train_rows: int) -> None:
         super()._check_number(rows, train_rows)
         if train_rows < self.num_components:
-            raise ValueError(f"x: received {rows} rows, {train_rows} to fit, expected at least num_components = {self.num_components}")
+            raise TooFewRows(f"x: received {rows} rows, {train_rows} to fit, expected at least num_components = {self.num_components}")
 
     def _fit(self, train: Values, held: Values, seed: int, max_iterations: int = 200) -> dict[str, float]:
         from sklearn.exceptions import ConvergenceWarning

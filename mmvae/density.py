@@ -36,6 +36,10 @@ def check_integer(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name}: received {value!r}, expected an integer of at least {least}")
 
 
+class TooFewRows(ValueError):
+    """There are not as many rows as a density needs."""
+
+
 class Density(nn.Module):
     """A density over vectors that is estimated from rows; a new kind is a subclass in ``densities`` and a line in its table.
 
@@ -171,7 +175,7 @@ class Density(nn.Module):
 
     def _check_number(self, rows: int, train_rows: int) -> None:
         if rows < 20:
-            raise ValueError(f"x: received {rows} rows, expected at least 20")
+            raise TooFewRows(f"x: received {rows} rows, expected at least 20")
 
     def _normal(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
         """(n, D) standard normal numbers; the same on every device for a generator of the CPU."""

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from mmvae.densities import build_density
+from mmvae.density import Density, TooFewRows
 from mmvae.evaluation import model_inputs
+from mmvae.models.configuration import MMVAEConfig
 from mmvae.models.mmvae import MMVAE
 
 logger = logging.getLogger(__name__)
@@ -27,13 +29,13 @@ def fit_densities(
 
     Arguments:
         model: trained; its posteriors are read in evaluation mode.
-        batches: of training rows, on any device.
+        batches: of training rows, at least one, on any device.
         options: of :func:`mmvae.densities.build_density` by the name of the density, as in ``MMVAEConfig.densities``; and "training",
             the options of its fit, which are not kept.
         num_draws: samples of each row's posterior.
         seed: of the draws and the fits.
 
-    A density with too few rows (20, or ten ninths of its components) is left out with a warning.
+    A density that has too few rows is left out with a warning.
 
     Returns:
         Figures by name: ``densities/shared/held_out_log_prob_nats`` and so on.
@@ -41,8 +43,6 @@ def fit_densities(
     Raises:
         ValueError: for a density that the model cannot have, and what the fits refuse.
     """
-    model.config.refuse_densities(options)
-    kinds = {name: {option: value for option, value in kind.items() if option != "training"} for name, kind in options.items()}
     model.eval()
     latents: dict[str, list[tuple[Tensor, Tensor | None]]] = {name: [] for name in options}
     figures: dict[str, float] = {}
@@ -52,20 +52,26 @@ def fit_densities(
             inputs = {name: value.to(model.device) for name, value in model_inputs(model, batch).items()}
             for name, pair in _pairs(model, inputs, options, num_draws).items():
                 latents[name].append(pair)
-        for name, pairs in latents.items():
-            density = build_density(*model.config.density_dims(name), kinds[name]).to(model.device)
-            x, context = (
-                None if not values or values[0] is None else torch.cat(values, 1) for values in (zip(*pairs) if pairs else ((), ()))
-            )
-            rows = 0 if x is None else x.shape[1]
-            if rows < max(20, kinds[name].get("num_components", 0) * 10 // 9 + 1):
-                logger.warning("density %s is not fitted: %d rows, expected more; the prior stays in its place", name, rows)
+        for name, density in unfitted(model.config, options).items():
+            x, context = (None if parts[0] is None else torch.cat(parts, 1) for parts in zip(*latents[name], strict=True))
+            try:
+                fit = density.to(model.device).fit(x, context, seed=seed, **options[name].get("training", {}))
+            except TooFewRows as error:
+                logger.warning("density %s is not fitted, and the prior stays in its place: %s", name, error)
                 continue
-            fit = density.fit(x, context, seed=seed, **options[name].get("training", {}))
             figures |= {f"densities/{name}/{figure}": value for figure, value in fit.items()}
             model.densities[name] = density
-            model.config.densities = model.config.densities | {name: kinds[name]}
+            model.config.densities = model.config.densities | {name: _kind(options[name])}
     return figures
+
+
+def unfitted(config: MMVAEConfig, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Density]:
+    """The densities that :func:`fit_densities` will fit: what is wrong with the options is told here, before any work."""
+    return {name: build_density(*config.density_dims(name), _kind(kind)) for name, kind in options.items()}
+
+
+def _kind(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "training"}
 
 
 def _pairs(model: MMVAE, inputs: Mapping[str, Tensor], names: Iterable[str], num_draws: int) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -74,15 +80,15 @@ def _pairs(model: MMVAE, inputs: Mapping[str, Tensor], names: Iterable[str], num
     z = q.mixture.sample((num_draws,))
     pairs: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name in names:
-        modality = name.removeprefix("shared_given_").removeprefix("private_")
-        seen = q.visible[:, model.modalities.index(modality)] if modality in model.modalities else None
-        if name == "shared":
+        what, modality = model.config.density(name)
+        if what == "shared":
             pairs[name] = z, None
-        elif name.startswith("private_"):
-            w = q.private[modality].sample((num_draws,))
-            pairs[name] = w[:, seen], z[:, seen]
+            continue
+        seen, expert = q.visible[:, model.modalities.index(modality)], q.experts[modality]
+        if what == "private":
+            pairs[name] = q.private[modality].sample((num_draws,))[:, seen], z[:, seen]
         else:
-            rows, expert = seen & (q.visible.sum(1) > 1), q.experts[modality]
+            rows = seen & (q.visible.sum(1) > 1)
             moments = torch.cat([expert.loc, expert.logvar], -1)[rows]
             pairs[name] = z[:, rows], moments.expand(num_draws, *moments.shape)
     return pairs

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
-from mmvae.models.configuration import nearest, prefixes
+from mmvae.models.configuration import input_name, nearest, prefixes
 from mmvae.processing import decode_text
 
 __all__ = ["MMVAEProcessor"]
@@ -77,7 +77,7 @@ class MMVAEProcessor(ProcessorMixin):
         """By modality: the name of an input in the batch by what the part calls it."""
         names = {modality: part.model_input_names for modality, part in self.parts.items()}
         before = prefixes(names)
-        return {m: {name: f"{before[m]}_{name}" if before[m] else name for name in names[m]} for m in names}
+        return {modality: {name: input_name(before[modality], name) for name in own} for modality, own in names.items()}
 
     def __call__(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmvae import MMVAE, ImageVAEConfig, ImageVAEImageProcessor, MMVAEConfig, MMVAEProcessor, TextVAEConfig
 from mmvae.data import Column, ImageColumn, Loader, Rows, TextColumn, as_modalities, find_column, splits, texts_of
-from mmvae.density_fitting import fit_densities
+from mmvae.density_fitting import fit_densities, unfitted
 from mmvae.experiment import RunArguments, finish, parse, start, train
 from mmvae.options import by_name, mapping, parse_modalities
 from mmvae.pictures import side_by_side, table
@@ -124,7 +124,7 @@ def main() -> None:
     shared = {"latent_dim": joint.latent_dim, "objective": args.objective, "objective_options": args.objective_options}
     torch.manual_seed(args.seed)
     model = MMVAE(MMVAEConfig(modalities=configs, **shared, **{name: getattr(joint, name) for name in FIELDS}))
-    model.config.refuse_densities(joint.densities)
+    unfitted(model.config, joint.densities)  # refuses what cannot be, before any work
     place = {"seed": args.seed, "rank": accelerator.process_index, "world_size": accelerator.num_processes, "num_workers": args.num_workers}
     loaders = {}
     for split, part in data.items():

@@ -23,6 +23,7 @@ from mmvae.data.columns import Column, Ragged, check_text
 from mmvae.data.loading import content_fingerprint, features_of
 from mmvae.data.missing import check_drop, hide
 from mmvae.data.sprites import Sprites
+from mmvae.models.configuration import input_name
 
 logger = logging.getLogger(__name__)
 
@@ -170,11 +171,11 @@ class Rows:
                 cut = getattr(column, "num_truncated", 0)
                 packed = column.pack(self._prepare(column, values[column.name], rows, self._has(column, present)))
                 self._tell_cut(number, cut, len(rows))
-            prefix = f"{column.prefix}_" if column.prefix else ""
             for key, tensor in column.collate(packed, keys).items():
-                if prefix + key in inputs:
-                    raise ValueError(f"two columns give {prefix + key}, expected different prefixes")
-                inputs[prefix + key] = tensor
+                name = input_name(column.prefix, key)
+                if name in inputs:
+                    raise ValueError(f"two columns give {name}, expected different prefixes")
+                inputs[name] = tensor
         return inputs
 
     def stream(self) -> Iterator[tuple[int, dict[str, Any], int]]:

@@ -61,6 +61,11 @@ def prefixes(input_names: Mapping[str, Iterable[str]]) -> dict[str, str]:
     return {modality: modality if any(counts[name] > 1 for name in names) else "" for modality, names in input_names.items()}
 
 
+def input_name(prefix: str, name: str) -> str:
+    """What an input is called in a batch: ``prefix_name``, or its bare name without a prefix."""
+    return f"{prefix}_{name}" if prefix else name
+
+
 @strict
 class VAEConfig(PreTrainedConfig):
     """What the configurations of all VAEs share. A name that is not a field is an error that names the nearest field.
@@ -195,20 +200,28 @@ class MMVAEConfig(VAEConfig):
                     raise ValueError(f"MMVAEConfig.{option}: received {name!r}, expected one of {list(self.modalities)}")
                 if not 0 <= value <= most:
                     raise ValueError(f"MMVAEConfig.{option}[{name!r}]: received {value!r}, expected 0 to {most}")
-        self.refuse_densities(self.densities)
+        for name in self.densities:
+            self.density(name)
+
+    def density(self, name: str) -> tuple[str, str | None]:
+        """What a density is over, "shared", "shared_given" or "private", and the modality that it is about.
+
+        Raises:
+            ValueError: for one that a model of this configuration cannot have.
+        """
+        known: dict[str, tuple[str, str | None]] = {"shared": ("shared", None)}
+        known |= {f"shared_given_{modality}": ("shared_given", modality) for modality in self.modalities}
+        known |= {f"private_{modality}": ("private", modality) for modality in self.private_dims}
+        if name not in known:
+            raise ValueError(f"MMVAEConfig.densities: received {name!r}, expected one of {list(known)}")
+        return known[name]
 
     def density_dims(self, name: str) -> tuple[int, int]:
         """Size of what a density is over, and of what it is conditioned on."""
-        if name.startswith("private_"):
-            return self.private_dims[name.removeprefix("private_")], self.latent_dim
-        return self.latent_dim, 2 * self.latent_dim if name.startswith("shared_given_") else 0
-
-    def refuse_densities(self, names: Iterable[str]) -> None:
-        """A ValueError that names a density which a model of this configuration cannot have."""
-        known = ["shared", *(f"shared_given_{name}" for name in self.modalities), *(f"private_{name}" for name in self.private_dims)]
-        for name in names:
-            if name not in known:
-                raise ValueError(f"MMVAEConfig.densities: received {name!r}, expected one of {known}")
+        what, modality = self.density(name)
+        if what == "private":
+            return self.private_dims[modality], self.latent_dim
+        return self.latent_dim, 2 * self.latent_dim if what == "shared_given" else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the children's too."""
@@ -229,20 +242,16 @@ def _child(name: str, child: Any) -> PreTrainedConfig:
             f"MMVAEConfig.modalities: received the name {name!r}, expected letters, digits and underscores, and no name of torch's"
         )
     kind = child.get("model_type") if isinstance(child, Mapping) else getattr(child, "model_type", None)
-    if isinstance(child, Mapping) and kind is not None and kind != MMVAEConfig.model_type:
-        child = _built(name, child)
-    if isinstance(child, VAEConfig) and not isinstance(child, MMVAEConfig):
-        return child
-    if kind is not None:  # before anything of it is built: it may be of any size
-        raise ValueError(f"MMVAEConfig.modalities[{name!r}]: received model_type {kind!r}, expected that of a VAE of one modality")
-    raise ValueError(f"MMVAEConfig.modalities[{name!r}]: received {child!r}, expected a configuration, or its fields with a model_type")
-
-
-def _built(name: str, child: Mapping[str, Any]) -> PreTrainedConfig:
+    if kind is None:
+        raise ValueError(f"MMVAEConfig.modalities[{name!r}]: received {child!r}, expected a configuration, or its fields with a model_type")
     try:
-        return AutoConfig.for_model(**child)
+        if isinstance(child, Mapping) and kind != MMVAEConfig.model_type:
+            child = AutoConfig.for_model(**child)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"MMVAEConfig.modalities[{name!r}]: {error}") from error
+    if not isinstance(child, VAEConfig) or isinstance(child, MMVAEConfig):  # any other model may be of any size
+        raise ValueError(f"MMVAEConfig.modalities[{name!r}]: received model_type {kind!r}, expected that of a VAE of one modality")
+    return child
 
 
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from mmvae.aggregation import Posterior, hide, poe
 from mmvae.densities import build_density
 from mmvae.distributions import DiagNormal
 from mmvae.models.base import VAEOutput
-from mmvae.models.configuration import FOREIGN_ARGUMENTS, MMVAEConfig, nearest, prefixes
+from mmvae.models.configuration import FOREIGN_ARGUMENTS, MMVAEConfig, input_name, nearest, prefixes
 from mmvae.models.joint_generation import JointGeneration
 from mmvae.nn import some_rows, take_rows
 from mmvae.noise import fold, keyed_uniform
@@ -91,9 +91,7 @@ class MMVAE(JointGeneration):
                 raise ValueError(f"modalities[{name!r}]: received a latent of shape {vae.latent_shape}, expected a vector")
         takes = {name: (*vae.input_names, *vae.condition_names) for name, vae in self.vaes.items()}
         before = prefixes({name: vae.input_names for name, vae in self.vaes.items()})
-        self._names = {
-            name: {child: f"{before[name]}_{child}" if before[name] else child for child in children} for name, children in takes.items()
-        }
+        self._names = {name: {child: input_name(before[name], child) for child in children} for name, children in takes.items()}
         self.main_input_name = self.input_names[0]
         shapes = [vae.pseudo_input_shape for vae in self.vaes.values()]
         pseudo = (sum(map(math.prod, shapes)),) if all(shapes) else ()
