@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from mmvae.data import ImageColumn, Loader, Rows
 from mmvae.evaluation import Transform, evaluate_elbo, evaluate_vae, model_inputs
 from mmvae.hub import push, write_card, write_metrics
 from mmvae.noise import fold
@@ -26,11 +27,15 @@ from mmvae.objectives import OBJECTIVES
 from mmvae.optimization import EMA, unwrap, update
 from mmvae.options import RunArguments, parse
 from mmvae.pictures import curves
+from mmvae.processing import ImageVAEImageProcessor, load_tokenizer, train_tokenizer
 from mmvae.record import public
 from mmvae.schedules import SCHEDULES
 from mmvae.training import Result, fit, load_weights
 
-__all__ = ["RunArguments", "finish", "parse", "precision", "start", "track", "train", "vae_step"]
+__all__ = [
+    "RunArguments", "finish", "image_processor", "make_loaders", "make_tokenizer", "parse", "precision", "start", "track", "train",
+    "vae_step",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +84,26 @@ def track(accelerator: Accelerator, shown: Mapping[str, Tensor | str], step: int
     for tracker in accelerator.trackers:
         if pixels and tracker.name in ("tensorboard", "wandb"):
             tracker.log_images(pixels, step=step, **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}))
+
+
+def make_loaders(accelerator: Accelerator, args: RunArguments, rows: Mapping[str, Rows]) -> dict[str, Loader]:
+    """Batches of every split for this process; those of "train" in an order that the seed gives."""
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "num_workers": args.num_workers}
+    return {split: Loader(part, args.batch_size, shuffle=split == "train", seed=args.seed, **place) for split, part in rows.items()}
+
+
+def image_processor(column: ImageColumn) -> ImageVAEImageProcessor:
+    """The processor that makes of a picture what the column makes of it."""
+    size = dict(zip(("height", "width"), column.image_size, strict=True))
+    return ImageVAEImageProcessor(size=size, num_channels=column.num_channels, background=column.background, resize_mode=column.resize)
+
+
+def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> tuple[PreTrainedTokenizerBase, dict[str, int]]:
+    """A tokenizer trained on texts ("whitespace", "bpe") or loaded by id or path, and what a TextVAEConfig wants to know of it."""
+    made = train_tokenizer(texts, kind, vocab_size) if kind in ("whitespace", "bpe") else load_tokenizer(kind)
+    ids = {name: getattr(made, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")}
+    unknown = ids["pad_token_id"] if ids["unk_token_id"] is None else ids["unk_token_id"]
+    return made, ids | {"unk_token_id": unknown, "vocab_size": len(made)}
 
 
 def vae_step(

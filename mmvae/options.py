@@ -139,27 +139,28 @@ def parse_modalities(text: str, kinds: Iterable[str]) -> dict[str, tuple[str, st
     return found
 
 
-def by_name(option: str, value: str | Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
+def by_name(option: str, value: str | Mapping[str, Any], kinds: Mapping[str, str], known: Iterable[str]) -> dict[str, Any]:
     """An option that is given by modality, or for all modalities of a kind.
 
     Arguments:
         option: its name, for the error.
         value: JSON or a mapping; a modality's name wins over its kind.
         kinds: of the modalities.
+        known: the kinds that there are.
 
     Returns:
         Values by modality; those without one are left out.
 
     Raises:
-        ValueError: for a key that is neither a modality nor a kind that recipes know.
+        ValueError: for a key that is neither a modality nor a kind.
 
     Example:
-        >>> by_name("weights", {"text": 10, "de": 5}, {"en": "text", "de": "text"})
+        >>> by_name("weights", {"text": 10, "de": 5}, {"en": "text", "de": "text"}, ["image", "text"])
         {'en': 10, 'de': 5}
     """
     given = mapping(option, value)
-    for key in given.keys() - kinds.keys() - {"image", "text"}:
-        raise ValueError(f"{option}: received {key!r}, expected a modality, {list(kinds)}, or a kind, 'image' or 'text'")
+    for key in given.keys() - kinds.keys() - set(known):
+        raise ValueError(f"{option}: received {key!r}, expected a modality, {list(kinds)}, or a kind, {list(known)}")
     return {name: given[name if name in given else kind] for name, kind in kinds.items() if name in given or kind in given}
 
 

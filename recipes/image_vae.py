@@ -8,7 +8,7 @@ Start the same command again after a stop and it goes on where it was. Results s
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,9 +17,8 @@ from torch import Tensor
 from mmvae import ImageVAE, ImageVAEConfig
 from mmvae.data import Augmentation, ImageColumn, Loader, Rows, find_column, splits
 from mmvae.evaluation import binarization
-from mmvae.experiment import RunArguments, finish, parse, start, train
+from mmvae.experiment import RunArguments, finish, image_processor, make_loaders, parse, start, train
 from mmvae.pictures import grid, reconstructions, traversals
-from mmvae.processing import ImageVAEImageProcessor
 
 
 @dataclass
@@ -103,19 +102,14 @@ def main() -> None:
     data = splits(args.dataset, streaming=args.streaming)
     name = find_column(data["train"], "image", image.image_column)
     augmentation = Augmentation(**{key: getattr(image, key) for key in AUGMENTATION})
-    place = {"seed": args.seed, "rank": accelerator.process_index, "world_size": accelerator.num_processes, "num_workers": args.num_workers}
-    loaders = {}
-    for split, part in data.items():
-        training = split == "train"
-        column = ImageColumn(name, image.image_size, image.num_channels, augmentation=augmentation if training else Augmentation())
-        loaders[split] = Loader(Rows(part, column, name=args.dataset), args.batch_size, shuffle=training, **place)
+    column = ImageColumn(name, image.image_size, image.num_channels)
+    columns = {split: replace(column, augmentation=augmentation) if split == "train" else column for split in data}
+    loaders = make_loaders(accelerator, args, {split: Rows(part, columns[split], name=args.dataset) for split, part in data.items()})
     refuse_grey(image.likelihood, image.binarize, loaders)
 
     options = {key: value for key, value in vars(image).items() if key not in (*AUGMENTATION, "image_column")}
     torch.manual_seed(args.seed)
     model = ImageVAE(ImageVAEConfig(**options)).to(memory_format=torch.channels_last)
-    size = dict(zip(("height", "width"), column.image_size, strict=True))
-    processor = ImageVAEImageProcessor(size=size, num_channels=column.num_channels, background=column.background, resize_mode=column.resize)
     transform = binarization(image.binarize)
 
     def show(model: ImageVAE, step: int) -> dict[str, Tensor]:
@@ -136,7 +130,7 @@ def main() -> None:
         return {}
 
     result = train(accelerator, args, model, loaders, transform=transform, show=show)
-    finish(accelerator, args, model, processor, result, loaders, transform=transform, draw=draw)
+    finish(accelerator, args, model, image_processor(column), result, loaders, transform=transform, draw=draw)
 
 
 if __name__ == "__main__":

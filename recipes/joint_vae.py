@@ -17,18 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmvae import MMVAE, ImageVAEConfig, ImageVAEImageProcessor, MMVAEConfig, MMVAEProcessor, TextVAEConfig
+from mmvae import MMVAE, ImageVAEConfig, MMVAEConfig, MMVAEProcessor, TextVAEConfig
 from mmvae.data import Column, ImageColumn, Loader, Rows, TextColumn, as_modalities, find_column, splits, texts_of
 from mmvae.density_fitting import fit_densities, unfitted
-from mmvae.experiment import RunArguments, finish, parse, start, train
+from mmvae.experiment import RunArguments, finish, image_processor, make_loaders, make_tokenizer, parse, start, train
 from mmvae.options import by_name, mapping, parse_modalities
 from mmvae.pictures import side_by_side, table
-from mmvae.processing import decode_text, load_tokenizer, train_tokenizer
+from mmvae.processing import decode_text
 
 KINDS = {"image": ImageVAEConfig, "text": TextVAEConfig}
 BY_NAME = ("vaes", "private_dims", "likelihood_weights", "modality_dropout", "drop_modality")
-FIELDS = ("aggregation", "aggregation_options", "inference_aggregation", "prior", "prior_components")
-FIELDS += ("likelihood_weights", "modality_dropout", "draw")
+NOT_THE_MODELS = ("modalities", "kinds", "vaes", "private_dims", "tokenizer", "vocab_size", "densities", "drop_modality", "complete_only")
 IMAGE = {"hidden_channels": [16, 32, 64, 64], "likelihood": "gaussian", "scale_mode": "optimal"}
 TEXT = {"hidden_size": 96, "embedding_size": 32}
 FLOWS = {"shared": {"kind": "mixture", "num_components": 30}, "private": {"kind": "flow"}, "shared_given": {"kind": "flow"}}
@@ -62,7 +61,7 @@ class JointArguments:
     def __post_init__(self) -> None:
         self.kinds = parse_modalities(self.modalities, KINDS)
         for option in BY_NAME:
-            setattr(self, option, by_name(option, getattr(self, option), {name: kind for name, (kind, _) in self.kinds.items()}))
+            setattr(self, option, by_name(option, getattr(self, option), {name: kind for name, (kind, _) in self.kinds.items()}, KINDS))
         self.aggregation_options = mapping("aggregation_options", self.aggregation_options)
         of = {"private": [f"private_{name}" for name in self.private_dims], "shared_given": [f"shared_given_{name}" for name in self.kinds]}
         self.densities = {name: kind for key, kind in mapping("densities", self.densities).items() for name in of.get(key, [key])}
@@ -89,8 +88,8 @@ class JointRun(RunArguments):
             raise ValueError("compile: received True, expected False: the joint recipe does not compile its children")
 
 
-def children(joint: JointArguments, data: Mapping[str, Any], args: JointRun) -> tuple[dict[str, Any], dict[str, Any], dict[str, Column]]:
-    """Configuration, processor and column of every modality, by name."""
+def build(args: JointRun, joint: JointArguments, data: Mapping[str, Any]) -> tuple[MMVAE, MMVAEProcessor, list[Column]]:
+    """The model, what reads and writes for it, and a column for every modality."""
     configs, processors, columns = {}, {}, {}
     for name, (kind, column) in joint.kinds.items():
         options = joint.vaes.get(name, {}) | {"latent_dim": joint.latent_dim + joint.private_dims.get(name, 0)}
@@ -99,20 +98,17 @@ def children(joint: JointArguments, data: Mapping[str, Any], args: JointRun) -> 
             raise ValueError(f"modalities: column {source!r} is taken already, expected another one for {name!r}: {name}:{kind}:column")
         if kind == "image":
             configs[name] = config = ImageVAEConfig(**options)
-            columns[name] = pixels = ImageColumn(source, config.height_width, config.num_channels)
-            size = dict(zip(("height", "width"), pixels.image_size, strict=True))
-            look = {"background": pixels.background, "resize_mode": pixels.resize}
-            processors[name] = ImageVAEImageProcessor(size=size, num_channels=pixels.num_channels, **look)
+            columns[name] = ImageColumn(source, config.height_width, config.num_channels)
+            processors[name] = image_processor(columns[name])
         else:
             texts = texts_of(data["train"], source, args.dataset, missing=True)
-            trained = joint.tokenizer in ("whitespace", "bpe")
-            tokenizer = train_tokenizer(texts, joint.tokenizer, joint.vocab_size) if trained else load_tokenizer(joint.tokenizer)
-            unknown = tokenizer.pad_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
-            ids = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")} | {"unk_token_id": unknown}
-            configs[name] = TextVAEConfig(**{"vocab_size": len(tokenizer), "tie_word_embeddings": True} | options | ids)
-            columns[name] = TextColumn(source, tokenizer, args.max_length, args.truncate)
-            processors[name] = tokenizer
-    return configs, processors, columns
+            processors[name], ids = make_tokenizer(joint.tokenizer, texts, joint.vocab_size)
+            configs[name] = TextVAEConfig(**{"tie_word_embeddings": True} | options | ids)
+            columns[name] = TextColumn(source, processors[name], args.max_length, args.truncate)
+    options = {name: value for name, value in vars(joint).items() if name not in NOT_THE_MODELS}
+    options |= {"objective": args.objective, "objective_options": args.objective_options}
+    torch.manual_seed(args.seed)
+    return MMVAE(MMVAEConfig(modalities=configs, **options)), MMVAEProcessor(processors), as_modalities(columns)
 
 
 def main() -> None:
@@ -120,24 +116,18 @@ def main() -> None:
     args, joint = parse(JointRun, JointArguments)
     accelerator = start(args)
     data = splits(args.dataset, streaming=args.streaming)
-    configs, processors, columns = children(joint, data, args)
-    shared = {"latent_dim": joint.latent_dim, "objective": args.objective, "objective_options": args.objective_options}
-    torch.manual_seed(args.seed)
-    model = MMVAE(MMVAEConfig(modalities=configs, **shared, **{name: getattr(joint, name) for name in FIELDS}))
+    model, processor, columns = build(args, joint, data)
     unfitted(model.config, joint.densities)  # refuses what cannot be, before any work
-    place = {"seed": args.seed, "rank": accelerator.process_index, "world_size": accelerator.num_processes, "num_workers": args.num_workers}
-    loaders = {}
-    for split, part in data.items():
-        hidden = {"drop": joint.drop_modality, "drop_seed": args.seed, "complete": joint.complete_only} if split == "train" else {}
-        rows = Rows(part, as_modalities(columns), name=args.dataset, on_empty="skip", **hidden)
-        loaders[split] = Loader(rows, args.batch_size, shuffle=split == "train", **place)
+    hidden = {"train": {"drop": joint.drop_modality, "drop_seed": args.seed, "complete": joint.complete_only}}
+    rows = {split: Rows(part, columns, name=args.dataset, on_empty="skip", **hidden.get(split, {})) for split, part in data.items()}
+    loaders = make_loaders(accelerator, args, rows)
 
     def readable(name: str, made: Tensor) -> Tensor | list[str]:
-        return decode_text(processors[name], made) if configs[name].model_type == "text_vae" else made
+        return decode_text(processor.parts[name], made) if joint.kinds[name][0] == "text" else made
 
     def generate(model: MMVAE, target: str | Sequence[str], number: int = 1, **inputs: Any) -> dict[str, Tensor | list[str]]:
         targets = [target] if isinstance(target, str) else target
-        options = {"max_new_tokens": 40} if any(configs[name].model_type == "text_vae" for name in targets) else {}
+        options = {"max_new_tokens": 40} if any(joint.kinds[name][0] == "text" for name in targets) else {}
         made = model.generate(targets, number, torch.Generator().manual_seed(args.seed), **inputs, **options)
         return {name: readable(name, value) for name, value in made.items()}
 
@@ -148,22 +138,22 @@ def main() -> None:
     def draw(model: MMVAE, figures: Path) -> dict[str, str]:
         batch = next(Loader(loaders["validation"].rows, 64, seed=args.seed, pool=0).batches(0))
         batch = {name: value[batch["present"].all(1)][:8].to(model.device) for name, value in batch.items() if name in model.input_names}
+        tables = side_by_side(generate(model, model.modalities, 8), figures, "from the prior")
         if not len(batch["present"]):
-            return side_by_side(generate(model, model.modalities, 8), figures, "from the prior")
+            return tables
         own, _ = model.split(batch)
         real = {name: readable(name, next(iter(own[name].values()))) for name in model.modalities}
-        tables = {}
         for source, target in permutations(model.modalities, 2):
             made = generate(model, target, **{f"{source}_{name}": value for name, value in own[source].items()})[target]
             title = f"{source} to {target}"
             tables |= side_by_side({source: real[source], target: made}, figures, title, {f"real {target}": real[target]})
-        return tables | side_by_side(generate(model, model.modalities, 8), figures, "from the prior")
+        return tables
 
     result = train(accelerator, args, model, loaders, show=show)
     whole = Loader(loaders["train"].rows, args.batch_size, seed=args.seed)  # the same on every rank
     fits = fit_densities(model, whole.batches(0), joint.densities, seed=args.seed) if joint.densities else {}
-    also = {name: value for name, value in fits.items() if "held_out_log" in name}
-    finish(accelerator, args, model, MMVAEProcessor(processors), result, loaders, draw=draw, also=also)
+    fits = {name: value for name, value in fits.items() if "held_out_log" in name}
+    finish(accelerator, args, model, processor, result, loaders, draw=draw, also=fits)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import torch
 
 from mmvae import TextVAE, TextVAEConfig
 from mmvae.data import Loader, Rows, TextColumn, find_column, splits, texts_of
-from mmvae.experiment import RunArguments, finish, parse, start, train
+from mmvae.experiment import RunArguments, finish, make_loaders, make_tokenizer, parse, start, train
 from mmvae.pictures import table
-from mmvae.processing import decode_text, load_tokenizer, train_tokenizer
+from mmvae.processing import decode_text
 
 
 @dataclass
@@ -65,20 +65,14 @@ def main() -> None:
     accelerator = start(args)
     data = splits(args.dataset, streaming=args.streaming)
     column = find_column(data["train"], "text", text.text_column)
-    if text.tokenizer in ("whitespace", "bpe"):
-        tokenizer = train_tokenizer(texts_of(data["train"], column, args.dataset), text.tokenizer, text.vocab_size)
-    else:
-        tokenizer = load_tokenizer(text.tokenizer)
+    tokenizer, ids = make_tokenizer(text.tokenizer, texts_of(data["train"], column, args.dataset), text.vocab_size)
     columns = TextColumn(column, tokenizer, args.max_length, args.truncate)
-    place = {"seed": args.seed, "rank": accelerator.process_index, "world_size": accelerator.num_processes, "num_workers": args.num_workers}
     rows = {split: Rows(part, columns, name=args.dataset) for split, part in data.items()}
-    loaders = {split: Loader(part, args.batch_size, shuffle=split == "train", **place) for split, part in rows.items()}
+    loaders = make_loaders(accelerator, args, rows)
 
     options = {name: value for name, value in vars(text).items() if name not in ("text_column", "tokenizer")}
-    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else tokenizer.pad_token_id
     torch.manual_seed(args.seed)
-    model = TextVAE(TextVAEConfig(**options | {"vocab_size": len(tokenizer), "unk_token_id": unknown} | ids))
+    model = TextVAE(TextVAEConfig(**options | ids))
 
     def show(model: TextVAE, step: int) -> dict[str, str]:
         sentences = decode_text(tokenizer, model.sample(4, torch.Generator().manual_seed(args.seed), max_new_tokens=30))

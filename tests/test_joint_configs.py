@@ -9,8 +9,7 @@ import torch
 from recipe_runs import recipe
 from torch.distributions import Independent, Normal, kl_divergence
 
-from mmvae import MMVAE, MMVAEConfig
-from mmvae.data import Loader, Rows, as_modalities, sprites
+from mmvae.data import Loader, Rows, sprites
 from mmvae.experiment import parse
 from mmvae.noise import fold
 
@@ -38,12 +37,8 @@ def made(name: str) -> tuple:
     module = recipe("joint_vae")
     args, joint = parse(module.JointRun, module.JointArguments, argv=["--config", str(CONFIGS[name])])
     joint.vaes = TINY
-    configs, _, columns = module.children(joint, {"train": sprites(3, num_rows=50, image_size=16)}, args)
-    options = {field: getattr(joint, field) for field in ("latent_dim", *module.FIELDS)} | {
-        field: getattr(args, field) for field in ("objective", "objective_options")
-    }
-    torch.manual_seed(0)
-    return MMVAE(MMVAEConfig(modalities=configs, **options)), args, columns
+    model, _, columns = module.build(args, joint, {"train": sprites(3, num_rows=50, image_size=16)})
+    return model, args, columns
 
 
 @pytest.fixture(params=CONFIGS)
@@ -73,7 +68,7 @@ def test_networks_rows_and_budget_are_the_same(name):
 
 def test_it_trains_on_rows_that_lack_modalities_and_generates_both_ways(name):
     model, args, columns = made.__wrapped__(name)  # one of its own: the other tests want theirs untrained
-    rows = Rows(sprites(3, num_rows=24, image_size=16), as_modalities(columns), drop={"text": 0.5, "image": 0.3})
+    rows = Rows(sprites(3, num_rows=24, image_size=16), columns, drop={"text": 0.5, "image": 0.3})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     for n, batch in zip(range(2), Loader(rows, 12, pool=0).batches(0), strict=True):
@@ -101,7 +96,7 @@ def normal(q) -> Independent:
 def test_the_objective_is_that_of_the_paper(name):
     """Each paper's formula, from the decoders' likelihoods, the encoders' normals and torch's own divergences."""
     model, args, columns = made(name)
-    rows = Rows(sprites(3, num_rows=5, image_size=16), as_modalities(columns))
+    rows = Rows(sprites(3, num_rows=5, image_size=16), columns)
     batch = next(Loader(rows, 5).batches(0))
     inputs, key = {key: value for key, value in batch.items() if key in model.input_names}, fold(0, batch["row"])
     model.train()  # as it is trained: private latents of the other modality come from the auxiliary prior

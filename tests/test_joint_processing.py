@@ -155,11 +155,6 @@ def test_a_folder_that_lies(tmp_path):
             AutoProcessor.from_pretrained(tmp_path)
 
 
-def test_a_processor_that_fits():
-    pair().check(config())
-    pair().check(MMVAEConfig(**{name: value for name, value in config().to_dict().items() if name in ("modalities", "latent_dim")}))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -170,6 +165,7 @@ def test_a_processor_that_fits():
     ],
 )
 def test_a_processor_that_does_not_fit(changes, message):
+    pair().check(config())
     with pytest.raises(ValueError, match=message):
         pair().check(config(**changes))
 
