@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModel
 
 from mmvae import MMVAE, MMVAEConfig, TextVAEConfig
 from mmvae.distributions import DiagNormal
-from mmvae.models.base import VAEModel
 from mmvae.models.configuration import VAEConfig
+from mmvae.models.unimodal import VAEModel
 from mmvae.processing import decode_text, train_tokenizer
 from mmvae.schedules import linear
 

@@ -1,6 +1,7 @@
-r"""Densities over the latents of a trained joint model, so that what it makes from nothing or from one modality is coherent.
+r"""Densities over the latents of a trained model, so that what it makes from nothing or, a joint one, from one modality is coherent.
 
-    shared: p(z);    shared_given_m: p(z | moments of q(z|x_m)), from rows that have more than x_m;    private_m: p(w_m | z)
+    latent (of a joint model: shared): p(z);    private_m: p(w_m | z)
+    shared_given_m: p(z | moments of q(z|x_m)), from rows that have more than x_m
 
 Reference: Ghosh et al. (2020), From variational to deterministic autoencoders, https://arxiv.org/abs/1903.12436
 """
@@ -15,22 +16,21 @@ from torch import Tensor
 from mmvae.densities import build_density
 from mmvae.density import Density, TooFewRows
 from mmvae.evaluation import model_inputs
-from mmvae.models.configuration import MMVAEConfig
-from mmvae.models.mmvae import MMVAE
+from mmvae.models.base import VAE
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
 def fit_densities(
-    model: MMVAE, batches: Iterable[Mapping[str, Tensor]], options: Mapping[str, Mapping[str, Any]], *, num_draws: int = 4, seed: int = 0
+    model: VAE, batches: Iterable[Mapping[str, Tensor]], options: Mapping[str, Mapping[str, Any]], *, num_draws: int = 4, seed: int = 0
 ) -> dict[str, float]:
-    """Fit what ``model.generate`` then uses, and put it into the model and its configuration, to be saved with it.
+    """Fit what ``model.sample`` and ``generate`` then use, and put it into the model and its configuration, to be saved with it.
 
     Arguments:
         model: trained; its posteriors are read in evaluation mode.
         batches: of training rows, at least one, on any device.
-        options: of :func:`mmvae.densities.build_density` by the name of the density, as in ``MMVAEConfig.densities``; and "training",
+        options: of :func:`mmvae.densities.build_density` by the name of the density, as in ``VAEConfig.densities``; and "training",
             the options of its fit, which are not kept.
         num_draws: samples of each row's posterior.
         seed: of the draws and the fits.
@@ -52,7 +52,7 @@ def fit_densities(
             inputs = {name: value.to(model.device) for name, value in model_inputs(model, batch).items()}
             for name, pair in _pairs(model, inputs, options, num_draws).items():
                 latents[name].append(pair)
-        for name, density in unfitted(model.config, options).items():
+        for name, density in unfitted(model, options).items():
             x, context = (None if parts[0] is None else torch.cat(parts, 1) for parts in zip(*latents[name], strict=True))
             try:
                 fit = density.to(model.device).fit(x, context, seed=seed, **options[name].get("training", {}))
@@ -65,23 +65,24 @@ def fit_densities(
     return figures
 
 
-def unfitted(config: MMVAEConfig, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Density]:
+def unfitted(model: VAE, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Density]:
     """The densities that :func:`fit_densities` will fit: what is wrong with the options is told here, before any work."""
-    return {name: build_density(*config.density_dims(name), _kind(kind)) for name, kind in options.items()}
+    return {name: build_density(*model.density_dims(name), _kind(kind)) for name, kind in options.items()}
 
 
 def _kind(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "training"}
 
 
-def _pairs(model: MMVAE, inputs: Mapping[str, Tensor], names: Iterable[str], num_draws: int) -> dict[str, tuple[Tensor, Tensor | None]]:
+def _pairs(model: VAE, inputs: Mapping[str, Tensor], names: Iterable[str], num_draws: int) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Draws (R, N, D) of what each density is over, and what it is conditioned on, (R, N, C)."""
     q = model.posterior(**inputs)
     z = q.mixture.sample((num_draws,))
+    z = z.flatten(2)  # a spatial latent too is a vector here
     pairs: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name in names:
         what, modality = model.config.density(name)
-        if what == "shared":
+        if what == "latent":
             pairs[name] = z, None
             continue
         seen, expert = q.visible[:, model.modalities.index(modality)], q.experts[modality]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mmvae.distributions import DiagNormal
 from mmvae.metrics import active_units, bits_per_dim, mutual_information, perplexity, psnr, ssim
-from mmvae.models.base import VAE, VAEModel
+from mmvae.models.base import VAE
 from mmvae.models.image_vae import BINARIZATIONS
+from mmvae.models.unimodal import VAEModel
 from mmvae.noise import fold, keyed_normal, keyed_uniform
 from mmvae.optimization import unwrap
 from mmvae.training import evaluate

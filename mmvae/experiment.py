@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from mmvae.data import ImageColumn, Loader, Rows
+from mmvae.density_fitting import fit_densities
 from mmvae.evaluation import Transform, evaluate_elbo, evaluate_vae, model_inputs
 from mmvae.hub import push, write_card, write_metrics
 from mmvae.noise import fold
@@ -226,16 +227,16 @@ def finish(
     *,
     transform: Transform | None = None,
     draw: Callable[[PreTrainedModel, Path], Mapping[str, str]] | None = None,
-    also: Mapping[str, float] | None = None,
+    densities: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, float]:
-    """Evaluate, and make the model folder: weights, processor, figures, ``metrics.json``, card; push it when asked.
+    """Evaluate, fit densities, and make the model folder: weights, processor, figures, ``metrics.json``, card; push it when asked.
 
     Arguments:
         accelerator, args, model, loaders, transform: as for :func:`train`; the "test" loader is evaluated where there is one.
         processor: saved with the model: an image processor or a tokenizer.
         result: of :func:`train`.
         draw: called with the model and the folder of figures; returns Markdown for the card by title.
-        also: figures that the recipe has found itself.
+        densities: options of :func:`mmvae.density_fitting.fit_densities`; None fits none.
 
     Returns:
         The figures.
@@ -243,7 +244,12 @@ def finish(
     split = "test" if "test" in loaders else "validation"
     model.eval()
     options = {"num_samples": args.importance_samples, "seed": args.seed, "transform": transform}
-    figures = evaluate_vae(accelerator, model, loaders[split], **options) | dict(also or {})
+    figures = evaluate_vae(accelerator, model, loaders[split], **options)
+    if densities:
+        batches = Loader(loaders["train"].rows, args.batch_size, seed=args.seed).batches(0)  # the same on every rank
+        seen = ((transform(batch, fold(args.seed, batch["row"])) if transform else batch) for batch in batches)
+        fits = fit_densities(model, seen, densities, seed=args.seed)
+        figures |= {name: value for name, value in fits.items() if "held_out_log" in name}
     if accelerator.is_main_process:
         folder = Path(args.output_dir)
         model.save_pretrained(folder)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from mmvae import ImageVAE, ImageVAEConfig
 from mmvae.data import Augmentation, ImageColumn, Loader, Rows, find_column, splits
+from mmvae.density_fitting import unfitted
 from mmvae.evaluation import binarization
 from mmvae.experiment import RunArguments, finish, image_processor, make_loaders, parse, start, train
+from mmvae.options import mapping
 from mmvae.pictures import grid, reconstructions, traversals
 
 
@@ -47,6 +49,10 @@ class ImageArguments:
     scale: float = 0.1
     prior: str = "mixture"
     prior_components: int = 50
+    densities: str = field(default="{}", metadata={"help": 'fitted after training: {"latent": {"kind": "mixture", "num_components": 10}}'})
+
+    def __post_init__(self) -> None:
+        self.densities = mapping("densities", self.densities)
 
 
 @dataclass
@@ -107,9 +113,10 @@ def main() -> None:
     loaders = make_loaders(accelerator, args, {split: Rows(part, columns[split], name=args.dataset) for split, part in data.items()})
     refuse_grey(image.likelihood, image.binarize, loaders)
 
-    options = {key: value for key, value in vars(image).items() if key not in (*AUGMENTATION, "image_column")}
+    options = {key: value for key, value in vars(image).items() if key not in (*AUGMENTATION, "image_column", "densities")}
     torch.manual_seed(args.seed)
     model = ImageVAE(ImageVAEConfig(**options)).to(memory_format=torch.channels_last)
+    unfitted(model, image.densities)  # refuses what cannot be, before any work
     transform = binarization(image.binarize)
 
     def show(model: ImageVAE, step: int) -> dict[str, Tensor]:
@@ -130,7 +137,7 @@ def main() -> None:
         return {}
 
     result = train(accelerator, args, model, loaders, transform=transform, show=show)
-    finish(accelerator, args, model, image_processor(column), result, loaders, transform=transform, draw=draw)
+    finish(accelerator, args, model, image_processor(column), result, loaders, transform=transform, draw=draw, densities=image.densities)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmvae import MMVAE, ImageVAEConfig, MMVAEConfig, MMVAEProcessor, TextVAEConfig
 from mmvae.data import Column, ImageColumn, Loader, Rows, TextColumn, as_modalities, find_column, splits, texts_of
-from mmvae.density_fitting import fit_densities, unfitted
+from mmvae.density_fitting import unfitted
 from mmvae.experiment import RunArguments, finish, image_processor, make_loaders, make_tokenizer, parse, start, train
 from mmvae.options import by_name, mapping, parse_modalities
 from mmvae.pictures import side_by_side, table
@@ -117,7 +117,7 @@ def main() -> None:
     accelerator = start(args)
     data = splits(args.dataset, streaming=args.streaming)
     model, processor, columns = build(args, joint, data)
-    unfitted(model.config, joint.densities)  # refuses what cannot be, before any work
+    unfitted(model, joint.densities)  # refuses what cannot be, before any work
     hidden = {"train": {"drop": joint.drop_modality, "drop_seed": args.seed, "complete": joint.complete_only}}
     rows = {split: Rows(part, columns, name=args.dataset, on_empty="skip", **hidden.get(split, {})) for split, part in data.items()}
     loaders = make_loaders(accelerator, args, rows)
@@ -150,10 +150,7 @@ def main() -> None:
         return tables
 
     result = train(accelerator, args, model, loaders, show=show)
-    whole = Loader(loaders["train"].rows, args.batch_size, seed=args.seed)  # the same on every rank
-    fits = fit_densities(model, whole.batches(0), joint.densities, seed=args.seed) if joint.densities else {}
-    fits = {name: value for name, value in fits.items() if "held_out_log" in name}
-    finish(accelerator, args, model, processor, result, loaders, draw=draw, also=fits)
+    finish(accelerator, args, model, processor, result, loaders, draw=draw, densities=joint.densities)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import torch
 
 from mmvae import TextVAE, TextVAEConfig
 from mmvae.data import Loader, Rows, TextColumn, find_column, splits, texts_of
+from mmvae.density_fitting import unfitted
 from mmvae.experiment import RunArguments, finish, make_loaders, make_tokenizer, parse, start, train
+from mmvae.options import mapping
 from mmvae.pictures import table
 from mmvae.processing import decode_text
 
@@ -39,6 +41,10 @@ class TextArguments:
     share_embeddings: bool = False
     prior: str = "standard_normal"
     prior_components: int = 50
+    densities: str = field(default="{}", metadata={"help": 'fitted after training: {"latent": {"kind": "mixture", "num_components": 10}}'})
+
+    def __post_init__(self) -> None:
+        self.densities = mapping("densities", self.densities)
 
 
 @dataclass
@@ -70,9 +76,10 @@ def main() -> None:
     rows = {split: Rows(part, columns, name=args.dataset) for split, part in data.items()}
     loaders = make_loaders(accelerator, args, rows)
 
-    options = {name: value for name, value in vars(text).items() if name not in ("text_column", "tokenizer")}
+    options = {name: value for name, value in vars(text).items() if name not in ("text_column", "tokenizer", "densities")}
     torch.manual_seed(args.seed)
     model = TextVAE(TextVAEConfig(**options | ids))
+    unfitted(model, text.densities)  # refuses what cannot be, before any work
 
     def show(model: TextVAE, step: int) -> dict[str, str]:
         sentences = decode_text(tokenizer, model.sample(4, torch.Generator().manual_seed(args.seed), max_new_tokens=30))
@@ -98,7 +105,7 @@ def main() -> None:
         return tables
 
     result = train(accelerator, args, model, loaders, show=show)
-    finish(accelerator, args, model, tokenizer, result, loaders, draw=draw)
+    finish(accelerator, args, model, tokenizer, result, loaders, draw=draw, densities=text.densities)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from mmvae.distributions import DiagNormal
-from mmvae.models.base import VAEConfig, VAEModel, VAEOutput
+from mmvae.models.base import VAEConfig, VAEOutput
+from mmvae.models.unimodal import VAEModel
 
 WIDTH, NOISE = 5, 0.6
 

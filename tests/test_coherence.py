@@ -26,7 +26,8 @@ from mmvae.data.sprites import ATTRIBUTES
 from mmvae.distributions import DiagNormal
 from mmvae.evaluation import evaluate_conditional
 from mmvae.judge import Judge, Verdict
-from mmvae.models.base import VAEConfig, VAEModel
+from mmvae.models.base import VAEConfig
+from mmvae.models.unimodal import VAEModel
 from mmvae.processing import train_tokenizer
 
 WORDS = {"en": [f"word{i:02d} here" for i in range(40)], "de": [f"wort{i:02d} hier" for i in range(40)]}

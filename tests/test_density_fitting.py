@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from test_mmvae import batch, joint
 
-from mmvae import MMVAE
+from mmvae import MMVAE, ImageVAE, ImageVAEConfig, MMVAEConfig
 from mmvae.density_fitting import fit_densities, unfitted
 
 OPTIONS = {
@@ -55,5 +56,28 @@ def test_refusals_come_before_any_work():
     with pytest.raises(ValueError, match="densities: received 'private_image', expected one of"):
         fit_densities(model, iter(()), {"private_image": {"kind": "flow"}})
     with pytest.raises(ValueError, match="nearest one is 'mixture'"):
-        unfitted(model.config, {"shared": {"kind": "mixtures"}})
+        unfitted(model, {"shared": {"kind": "mixtures"}})
     assert not model.config.densities
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+def test_samples_of_one_modality_come_from_its_density(tmp_path, spatial):
+    config = ImageVAEConfig(image_size=8, num_channels=1, hidden_channels=[4], latent_dim=2, spatial_latent=spatial)
+    torch.manual_seed(0)
+    model = ImageVAE(config).eval()
+    rows = [{"pixel_values": torch.randint(256, (30, 1, 8, 8), dtype=torch.uint8), "row": torch.arange(30)} for _ in range(2)]
+    before = model.sample_prior(5, torch.Generator().manual_seed(1))
+    figures = fit_densities(model, rows, {"latent": {"kind": "mixture", "num_components": 2}})
+    assert figures["densities/latent/held_out_rows"] == 6
+    z = model.sample_prior(5, torch.Generator().manual_seed(1))
+    assert z.shape == before.shape and not torch.equal(z, before)
+    model.save_pretrained(tmp_path)
+    again = ImageVAE.from_pretrained(tmp_path)
+    assert torch.equal(again.sample(5, torch.Generator().manual_seed(1)), model.sample(5, torch.Generator().manual_seed(1)))
+    with pytest.raises(StrictDataclassError, match=r"ImageVAEConfig.densities: received 'shared', expected one of \['latent'\]"):
+        ImageVAEConfig(densities={"shared": {"kind": "mixture"}})
+
+
+def test_a_density_of_a_child_is_refused():
+    with pytest.raises(StrictDataclassError, match=r"modalities\['image'\].densities: received .*expected \{\}"):
+        MMVAEConfig(modalities={"image": ImageVAEConfig(densities={"latent": {"kind": "mixture"}})})

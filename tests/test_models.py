@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModel
 
 import mmvae
 from mmvae.distributions import DiagNormal
-from mmvae.models.base import VAEModel
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
 from mmvae.models.text_vae import TextVAE, TextVAEConfig
+from mmvae.models.unimodal import VAEModel
 from mmvae.noise import fold
 from mmvae.objectives import OBJECTIVES
 from mmvae.priors import PRIORS

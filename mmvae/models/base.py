@@ -1,4 +1,4 @@
-"""What every VAE shares: the contract of a modality, and the bodies of ``forward`` and ``log_marginal``.
+"""What every VAE shares: the bodies of ``forward`` and ``log_marginal``, samples and interpolations.
 
 Shapes: ``S`` samples, ``K`` components of the posterior, ``B`` batch, ``*event`` the latent's event, (D,) or (C, h, w).
 """
@@ -15,14 +15,14 @@ from torch.distributions import Distribution
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mmvae.aggregation import Posterior, alone
+from mmvae.aggregation import Posterior
+from mmvae.densities import build_density
 from mmvae.density import Density
-from mmvae.distributions import DiagNormal
 from mmvae.likelihoods import Scale
 from mmvae.models.configuration import VAEConfig
 from mmvae.noise import fold, keyed_normal
 from mmvae.objectives import Objective, Terms, elbo, kl_to_prior, log_weights
-from mmvae.priors import PRIORS, Prior
+from mmvae.priors import Prior
 
 
 @dataclass
@@ -93,6 +93,24 @@ class VAE(PreTrainedModel):
     model_tags: ClassVar[list[str]] = ["mmvae", "vae"]
     input_names: ClassVar[tuple[str, ...]] = ()
     condition_names: ClassVar[tuple[str, ...]] = ()
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"densities"}  # a flow in bfloat16 is not the flow that was fitted
+
+    def post_init(self) -> None:
+        """Add the densities that the configuration names, and what transformers does at the end of ``__init__``."""
+        self.densities = nn.ModuleDict(
+            {name: build_density(*self.density_dims(name), kind) for name, kind in self.config.densities.items()}
+        )
+        super().post_init()
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The latent's event shape."""
+        return (self.config.latent_dim,)
+
+    def density_dims(self, name: str) -> tuple[int, int]:
+        """Size of what a density is over, and of what it is conditioned on."""
+        self.config.density(name)  # a name that there is
+        return math.prod(self.latent_shape), 0
 
     def posterior(self, **inputs: Tensor) -> Posterior:
         """Infer the latent from the inputs."""
@@ -220,11 +238,15 @@ class VAE(PreTrainedModel):
 
     @torch.no_grad()
     def sample_prior(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Latents from p(z), (num_samples, *event)."""
+        """Latents from p(z), or from the density that was fitted to it, (num_samples, *event)."""
         _at_least("num_samples", num_samples, 1)
+        event = self.prior().event_shape
+        if self.config.latent_density in self.densities:
+            density = self.densities[self.config.latent_density]
+            return density.sample(num_samples, generator=generator).to(self.device).unflatten(1, event)
         with seeded(generator):
             z = self.prior().sample(torch.Size([num_samples]))
-        return z.flatten(0, -1 - len(self.prior().event_shape))
+        return z.flatten(0, -1 - len(event))
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None, **options: Any) -> Tensor:
         """Draw from the prior and render: ``num_samples`` things that were never seen.
@@ -277,65 +299,3 @@ class VAE(PreTrainedModel):
             module.reset_parameters()
         else:
             super()._init_weights(module)
-
-
-class VAEModel(VAE):
-    """A VAE of one modality, and the whole contract of a modality: what its author writes.
-
-    Its author sets ``main_input_name`` and ``input_names`` (what ``encode`` and ``target`` take; ``condition_names`` are what ``decode``
-    takes besides z), builds the modules and ``self.latent_prior = self.build_prior()`` in ``__init__`` and ends that with
-    ``self.post_init()``, and writes ``encode``, ``decode``, ``target`` and ``render``; ``encode_pseudo_inputs`` with its shape for a
-    VampPrior, and a ``forward`` that names the inputs, so that ``Trainer`` sees them.
-    """
-
-    def encode(self, **inputs: Tensor) -> DiagNormal:
-        """q(z|x), batch (B,)."""
-        raise NotImplementedError
-
-    def decode(self, z: Tensor, **conditions: Tensor) -> Distribution:
-        """p(x|z), batch (*, B), from z (*, B, *event)."""
-        raise NotImplementedError
-
-    def target(self, **inputs: Tensor) -> Tensor:
-        """The x that p(x|z) scores."""
-        raise NotImplementedError
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """The latent's event shape."""
-        return (self.config.latent_dim,)
-
-    @property
-    def pseudo_input_shape(self) -> tuple[int, ...]:
-        """Shape of one pseudo-input of a VampPrior; () where the modality has none."""
-        return ()
-
-    def encode_pseudo_inputs(self, pseudo_inputs: Tensor) -> DiagNormal:
-        """q(z|u), batch (K,), of a VampPrior's pseudo-inputs (K, *pseudo_input_shape)."""
-        raise NotImplementedError
-
-    def build_prior(self) -> nn.Module:
-        """The prior that the configuration names."""
-        return PRIORS[self.config.prior](self.latent_shape, self.config.prior_components, self.pseudo_input_shape)
-
-    def forward(self, beta: float = 1.0, **inputs: Any) -> VAEOutput:
-        """Minus the objective, and what it is made of; options and inputs of :meth:`VAE.bound` by name."""
-        given = {name: inputs.pop(name) for name in (*self.input_names, *self.condition_names) if name in inputs}
-        return self.bound(given, beta, **inputs)
-
-    def posterior(self, **inputs: Tensor) -> Posterior:
-        """q(z|x) as the only expert."""
-        return alone(self.main_input_name, self.encode(**self._only(self.input_names, inputs)))
-
-    def log_px(self, z: Tensor, q: Posterior, **inputs: Tensor) -> dict[str, Tensor]:
-        """log p(x|z), (S, K, B) nats."""
-        p = self.decode(z, **self._only(self.condition_names, inputs))
-        return {self.main_input_name: p.log_prob(self.target(**self._only(self.input_names, inputs)))}
-
-    @staticmethod
-    def _only(names: tuple[str, ...], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value for name, value in inputs.items() if name in names}
-
-    def prior(self) -> Distribution:
-        """p(z), broadcasting over rows."""
-        return self.latent_prior(self.encode_pseudo_inputs, self.device)

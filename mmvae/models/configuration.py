@@ -74,12 +74,16 @@ class VAEConfig(PreTrainedConfig):
         latent_dim: size of the latent vector, or its channels when it is spatial; 1 to 65,536.
         prior: a key of ``mmvae.priors.PRIORS``.
         prior_components: K of a mixture or Vamp prior; 1 to 10,000.
+        densities: options of what :func:`mmvae.density_fitting.fit_densities` fits after training, by name: "latent", p(z), from which
+            samples are then drawn. See ``mmvae.densities.build_density``.
     """
 
     latent_dim: int = 64
     prior: str = "standard_normal"
     prior_components: int = 50
+    densities: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    latent_density: ClassVar[str] = "latent"  # what the density of p(z) is called
     # Allowed closed ranges and sets of values, by field; subclasses add theirs.
     ranges: ClassVar[dict[str, tuple[float, float]]] = {"latent_dim": (1, 65_536), "prior_components": (1, 10_000)}
     choices: ClassVar[dict[str, Sequence[Any]]] = {"prior": tuple(PRIORS)}
@@ -107,6 +111,22 @@ class VAEConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 expected = ", ".join(map(repr, allowed))
                 raise ValueError(f"{type(self).__name__}.{name}: received {getattr(self, name)!r}, expected one of {expected}")
+        for name in self.densities:
+            self.density(name)
+
+    def density(self, name: str) -> tuple[str, str | None]:
+        """What a density is over, "latent", "given" or "private", and the modality that it is about.
+
+        Raises:
+            ValueError: for one that a model of this configuration cannot have.
+        """
+        known = self._densities()
+        if name not in known:
+            raise ValueError(f"{type(self).__name__}.densities: received {name!r}, expected one of {list(known)}")
+        return known[name]
+
+    def _densities(self) -> dict[str, tuple[str, str | None]]:
+        return {self.latent_density: ("latent", None)}
 
 
 @strict
@@ -128,8 +148,8 @@ class MMVAEConfig(VAEConfig):
         modality_dropout: share of the training rows in which the encoders do not see a modality that is there and scored all the same, by
             name: so one modality learns to give what another one has. Never all of a row.
         draw: which components of the posterior are decoded: "all", "one" drawn per row, or "auto": all up to 4.
-        densities: options of what :func:`mmvae.density_fitting.fit_densities` fits after training, by name: "shared",
-            p(z); "shared_given_<modality>", p(z|x_m); "private_<modality>", p(w_m|z). See ``mmvae.densities.build_density``.
+        densities: fitted after training and used by what is generated, by name: "shared", p(z);
+            "shared_given_<modality>", p(z|x_m); "private_<modality>", p(w_m|z).
     """
 
     model_type = "mmvae"
@@ -144,8 +164,8 @@ class MMVAEConfig(VAEConfig):
     likelihood_weights: dict[str, float | int] = field(default_factory=dict)
     modality_dropout: dict[str, float | int] = field(default_factory=dict)
     draw: str = "auto"
-    densities: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    latent_density: ClassVar[str] = "shared"
     choices: ClassVar[dict[str, Sequence[Any]]] = VAEConfig.choices | {
         "aggregation": tuple(AGGREGATIONS),
         "inference_aggregation": (None, *AGGREGATIONS),
@@ -181,10 +201,10 @@ class MMVAEConfig(VAEConfig):
             if child.latent_dim < self.latent_dim:
                 expected = f"expected at least the shared {self.latent_dim}"
                 raise ValueError(f"MMVAEConfig.modalities[{name!r}].latent_dim: received {child.latent_dim}, {expected}")
-            if getattr(child, "prior", "standard_normal") != "standard_normal":
-                raise ValueError(
-                    f"MMVAEConfig.modalities[{name!r}].prior: received {child.prior!r}, expected none: the prior is the joint's"
-                )
+            for field_, none in (("prior", "standard_normal"), ("densities", {})):
+                if getattr(child, field_) != none:
+                    expected = f"expected {none!r}: what is known of the latent is the joint model's"
+                    raise ValueError(f"MMVAEConfig.modalities[{name!r}].{field_}: received {getattr(child, field_)!r}, {expected}")
         bind("MMVAEConfig.aggregation_options", AGGREGATIONS[self.aggregation], self.aggregation_options, ("experts", "visible", "prior"))
         bind("MMVAEConfig.objective_options", OBJECTIVES[self.objective], self.objective_options, ("terms", "beta"))
         needed = {"mmvm": "moe", "jmvae": "poe", "mvtcae": "poe"}.get(self.objective)
@@ -200,28 +220,10 @@ class MMVAEConfig(VAEConfig):
                     raise ValueError(f"MMVAEConfig.{option}: received {name!r}, expected one of {list(self.modalities)}")
                 if not 0 <= value <= most:
                     raise ValueError(f"MMVAEConfig.{option}[{name!r}]: received {value!r}, expected 0 to {most}")
-        for name in self.densities:
-            self.density(name)
 
-    def density(self, name: str) -> tuple[str, str | None]:
-        """What a density is over, "shared", "shared_given" or "private", and the modality that it is about.
-
-        Raises:
-            ValueError: for one that a model of this configuration cannot have.
-        """
-        known: dict[str, tuple[str, str | None]] = {"shared": ("shared", None)}
-        known |= {f"shared_given_{modality}": ("shared_given", modality) for modality in self.modalities}
-        known |= {f"private_{modality}": ("private", modality) for modality in self.private_dims}
-        if name not in known:
-            raise ValueError(f"MMVAEConfig.densities: received {name!r}, expected one of {list(known)}")
-        return known[name]
-
-    def density_dims(self, name: str) -> tuple[int, int]:
-        """Size of what a density is over, and of what it is conditioned on."""
-        what, modality = self.density(name)
-        if what == "private":
-            return self.private_dims[modality], self.latent_dim
-        return self.latent_dim, 2 * self.latent_dim if what == "shared_given" else 0
+    def _densities(self) -> dict[str, tuple[str, str | None]]:
+        given = {f"shared_given_{name}": ("given", name) for name in self.modalities}
+        return super()._densities() | given | {f"private_{name}": ("private", name) for name in self.private_dims}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the children's too."""

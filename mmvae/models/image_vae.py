@@ -20,8 +20,9 @@ from transformers.utils.generic import can_return_tuple
 from mmvae.aggregation import Posterior
 from mmvae.distributions import DiagNormal
 from mmvae.likelihoods import LIKELIHOODS, SCALES, Likelihood
-from mmvae.models.base import VAEModel, VAEOutput
+from mmvae.models.base import VAEOutput
 from mmvae.models.configuration import VAEConfig, refuse_unknown
+from mmvae.models.unimodal import VAEModel
 from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, fold_leading, receptive_radius
 from mmvae.objectives import Objective
 

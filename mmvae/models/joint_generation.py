@@ -89,13 +89,6 @@ class JointGeneration(VAE):
             z = torch.cat([z, w], -1)
         return vae.render(z, **options)
 
-    @torch.no_grad()
-    def sample_prior(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Shared latents from p(z), or from the density that was fitted to it, (num_samples, D)."""
-        if "shared" not in self.densities:
-            return super().sample_prior(num_samples, generator)
-        return self.densities["shared"].sample(num_samples, generator=generator).to(self.device)
-
     def _latents(self, q: Any, num_samples: int, sample: bool) -> Tensor:
         """(B * num_samples, D), a row's samples next to each other."""
         if not sample:

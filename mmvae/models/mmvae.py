@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from transformers import AutoModel
 from transformers.utils.generic import can_return_tuple
 
 from mmvae.aggregation import Posterior, hide, poe
-from mmvae.densities import build_density
 from mmvae.distributions import DiagNormal
 from mmvae.models.base import VAEOutput
 from mmvae.models.configuration import FOREIGN_ARGUMENTS, MMVAEConfig, input_name, nearest, prefixes
@@ -79,7 +78,6 @@ class MMVAE(JointGeneration):
 
     config: MMVAEConfig
     base_model_prefix = "mmvae"
-    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"densities"}  # a flow in bfloat16 is not the flow that was fitted
 
     def __init__(self, config: MMVAEConfig):
         super().__init__(config)
@@ -97,8 +95,6 @@ class MMVAE(JointGeneration):
         pseudo = (sum(map(math.prod, shapes)),) if all(shapes) else ()
         self.latent_prior = PRIORS[config.prior]((config.latent_dim,), config.prior_components, pseudo)
         self.auxiliary = nn.ModuleDict({name: LearnedNormal((dim,)) for name, dim in config.private_dims.items()})
-        densities = {name: build_density(*config.density_dims(name), kind) for name, kind in config.densities.items()}
-        self.densities = nn.ModuleDict(densities)
         self.post_init()
         for name, vae in self.vaes.items():  # post_init looks at direct children only
             tied = vae.all_tied_weights_keys.items()
@@ -119,6 +115,11 @@ class MMVAE(JointGeneration):
     def condition_names(self) -> tuple[str, ...]:
         """What the children's p(x|z) may depend on besides z."""
         return tuple(self._names[name][child] for name, vae in self.vaes.items() for child in vae.condition_names)
+
+    def density_dims(self, name: str) -> tuple[int, int]:
+        """Size of what a density is over, and of what it is conditioned on."""
+        (what, modality), dim = self.config.density(name), self.config.latent_dim
+        return (self.config.private_dims[modality], dim) if what == "private" else (dim, 2 * dim if what == "given" else 0)
 
     def _modality(self, name: str) -> Any:
         if name not in self.vaes:

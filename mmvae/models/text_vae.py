@@ -19,8 +19,9 @@ from transformers import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
 from mmvae.distributions import Autoregressive, DiagNormal
-from mmvae.models.base import VAEModel, VAEOutput
+from mmvae.models.base import VAEOutput
 from mmvae.models.configuration import VAEConfig, refuse_unknown
+from mmvae.models.unimodal import VAEModel
 from mmvae.nn import GRUDecoder, GRUEncoder, fold_leading, linear_cross_entropy, right_padded
 from mmvae.objectives import Objective
 
@@ -292,8 +293,7 @@ class TextVAE(VAEModel, GenerationMixin):
     ) -> dict[str, Any]:
         """What ``forward`` needs for the next token: the new tokens only, once there is a state."""
         seen = 0 if past_key_values is None else past_key_values.length
-        tokens = input_ids[:, seen:]
-        return {"input_ids": tokens, "latents": latents, "past_key_values": past_key_values, "use_cache": use_cache}
+        return {"input_ids": input_ids[:, seen:], "latents": latents, "past_key_values": past_key_values, "use_cache": use_cache}
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor | None = None, latents: Tensor | None = None, **options: Any) -> Any:

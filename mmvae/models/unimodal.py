@@ -1,0 +1,71 @@
+"""The contract of a modality: what the author of a new one writes.
+
+Shapes: ``S`` samples, ``K`` components of the posterior, ``B`` batch, ``*event`` the latent's event, (D,) or (C, h, w).
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from mmvae.aggregation import Posterior, alone
+from mmvae.distributions import DiagNormal
+from mmvae.models.base import VAE, VAEOutput
+from mmvae.priors import PRIORS
+
+
+class VAEModel(VAE):
+    """A VAE of one modality, and the whole contract of a modality: what its author writes.
+
+    Its author sets ``main_input_name`` and ``input_names`` (what ``encode`` and ``target`` take; ``condition_names`` are what ``decode``
+    takes besides z), builds the modules and ``self.latent_prior = self.build_prior()`` in ``__init__`` and ends that with
+    ``self.post_init()``, and writes ``encode``, ``decode``, ``target`` and ``render``; ``encode_pseudo_inputs`` with its shape for a
+    VampPrior, and a ``forward`` that names the inputs, so that ``Trainer`` sees them.
+    """
+
+    def encode(self, **inputs: Tensor) -> DiagNormal:
+        """q(z|x), batch (B,)."""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor, **conditions: Tensor) -> Distribution:
+        """p(x|z), batch (*, B), from z (*, B, *event)."""
+        raise NotImplementedError
+
+    def target(self, **inputs: Tensor) -> Tensor:
+        """The x that p(x|z) scores."""
+        raise NotImplementedError
+
+    @property
+    def pseudo_input_shape(self) -> tuple[int, ...]:
+        """Shape of one pseudo-input of a VampPrior; () where the modality has none."""
+        return ()
+
+    def encode_pseudo_inputs(self, pseudo_inputs: Tensor) -> DiagNormal:
+        """q(z|u), batch (K,), of a VampPrior's pseudo-inputs (K, *pseudo_input_shape)."""
+        raise NotImplementedError
+
+    def build_prior(self) -> nn.Module:
+        """The prior that the configuration names."""
+        return PRIORS[self.config.prior](self.latent_shape, self.config.prior_components, self.pseudo_input_shape)
+
+    def forward(self, beta: float = 1.0, **inputs: Any) -> VAEOutput:
+        """Minus the objective, and what it is made of; options and inputs of :meth:`VAE.bound` by name."""
+        given = {name: inputs.pop(name) for name in (*self.input_names, *self.condition_names) if name in inputs}
+        return self.bound(given, beta, **inputs)
+
+    def posterior(self, **inputs: Tensor) -> Posterior:
+        """q(z|x) as the only expert."""
+        return alone(self.main_input_name, self.encode(**self._only(self.input_names, inputs)))
+
+    def log_px(self, z: Tensor, q: Posterior, **inputs: Tensor) -> dict[str, Tensor]:
+        """log p(x|z), (S, K, B) nats."""
+        p = self.decode(z, **self._only(self.condition_names, inputs))
+        return {self.main_input_name: p.log_prob(self.target(**self._only(self.input_names, inputs)))}
+
+    @staticmethod
+    def _only(names: tuple[str, ...], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value for name, value in inputs.items() if name in names}
+
+    def prior(self) -> Distribution:
+        """p(z), broadcasting over rows."""
+        return self.latent_prior(self.encode_pseudo_inputs, self.device)
