@@ -136,15 +136,16 @@ class Scale(nn.Module):
     def __init__(self, mode: str, scale: float, power: int = 2, momentum: float = 0.95):
         super().__init__()
         self.mode, self.first, self.power, self.momentum = mode, scale, power, momentum
+        self.log_first = math.log(max(scale, 1e-9))  # transformers' own tests set it to 0
         if mode == "learned":
-            self.log_scale_tenth = nn.Parameter(torch.full((), math.log(scale) / 10))
+            self.log_scale_tenth = nn.Parameter(torch.full((), self.log_first / 10))
         elif mode == "optimal":
             self.register_buffer("moment", torch.full((), scale**power))
 
     def reset_parameters(self) -> None:
         """Set the first value again."""
         if self.mode == "learned":
-            nn.init.constant_(self.log_scale_tenth, math.log(self.first) / 10)
+            nn.init.constant_(self.log_scale_tenth, self.log_first / 10)
         elif self.mode == "optimal":
             nn.init.constant_(self.moment, self.first**self.power)
 

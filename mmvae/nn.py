@@ -154,6 +154,7 @@ class GRUEncoder(nn.Module):
         self.forwards = nn.ModuleList(nn.GRU(size, hidden_size, batch_first=True) for size in sizes)
         self.backwards = nn.ModuleList(nn.GRU(size, hidden_size, batch_first=True) for size in sizes if bidirectional)
         self.dropout = nn.Dropout(dropout)
+        self.states = nn.ModuleList(nn.Identity() for _ in sizes)  # each layer's, by a name for hooks
         self.output_size = hidden_size * directions
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +178,7 @@ class GRUEncoder(nn.Module):
                 back = self.backwards[i](x.gather(1, mirror.expand_as(x)))[0]
                 ends.append(back.gather(1, last.expand(-1, 1, back.shape[-1])).squeeze(1))
                 y = torch.cat([y, back.gather(1, mirror.expand_as(back))], -1)
-            x = y
+            x = self.states[i](y)
         return x, torch.cat(ends, -1)
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 import mmvae
@@ -43,7 +44,7 @@ def test_hostile_values_are_named_or_legitimate(config_class, name):
             elif low is not None and kept is not None:
                 assert low <= kept <= high
             else:
-                assert isinstance(value, bool) or (value is None and name == "hidden_channels")
+                assert isinstance(value, bool) or (value, name) in [(None, "hidden_channels"), ({}, "densities")]
         assert named, f"{value!r:.50}"
     assert refused >= len(HOSTILE) - 5
 
@@ -194,6 +195,63 @@ def test_forward_takes_what_transformers_passes(build, rows):
     foreign = {"labels": torch.zeros(2), "token_type_ids": torch.zeros(2, 6), "num_items_in_batch": 2, "logits_to_keep": 1}
     switches = dict.fromkeys(["output_attentions", "output_hidden_states", "use_cache"], False)
     assert torch.equal(model(**inputs, **foreign, **switches, return_dict=True).loss, expected.loss)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_hidden_states_of_an_image_are_the_features_that_its_latent_is_made_of(blocks):
+    config = ImageVAEConfig(image_size=16, hidden_channels=[4, 6], num_blocks=blocks, latent_dim=2, prior="vamp", prior_components=7)
+    model, pixels = ImageVAE(config), torch.rand(3, 3, 16, 16)
+    output = model(pixels, output_hidden_states=True)
+    assert [tuple(state.shape) for state in output.hidden_states[-2:]] == [(3, 4, 8, 8), (3, 6, 4, 4)]
+    assert len(output.hidden_states) == (3 if blocks else 2)
+    features = F.silu(model.encoder.norm(output.hidden_states[-1])).flatten(1)
+    torch.testing.assert_close(model.to_moments(features).chunk(2, 1)[0], output.latent_mean)
+    for gradient in torch.autograd.grad(output.loss, output.hidden_states):  # they are part of what the loss is made of
+        assert gradient.any()
+    assert model(pixels).hidden_states is None
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_hidden_states_of_a_sentence_are_those_that_its_latent_is_made_of(bidirectional):
+    model = small_text(encoder_layers=3, bidirectional=bidirectional, prior="vamp", prior_components=7, output_hidden_states=True)
+    ids = torch.tensor([[0, 0, 1, 5, 6, 2], [1, 7, 8, 9, 5, 2]])
+    output = model(ids)
+    width = 16 if bidirectional else 8
+    assert [tuple(state.shape) for state in output.hidden_states] == [(2, 6, 8)] + [(2, 6, width)] * 3
+    assert torch.equal(output.hidden_states[0][0, :4], model.encoder_embedding(ids[0, 2:]))
+    last, ends = output.hidden_states[-1], torch.tensor([3, 5])
+    summary = torch.cat([last[[0, 1], ends, :8], last[:, 0, 8:]], -1)
+    torch.testing.assert_close(model.to_moments(summary).chunk(2, 1)[0], output.latent_mean)
+    assert model(ids, output_hidden_states=False).hidden_states is None
+
+
+def test_hidden_states_of_generation_are_those_that_the_tokens_are_chosen_by():
+    model = small_text().eval()
+    output = model.generate(latents=torch.randn(3, 2), max_new_tokens=4, output_hidden_states=True, return_dict_in_generate=True)
+    assert len(output.hidden_states) == output.sequences.shape[1] - 1
+    chosen = model.lm_head(output.hidden_states[0][0][:, -1]).argmax(-1)
+    assert torch.equal(chosen, output.sequences[:, 1])
+
+
+def test_only_densities_that_exist_stay_in_float32(tmp_path):
+    assert small_text()._keep_in_fp32_modules_strict == set()
+    small_text(densities={"latent": {"kind": "mixture"}}).save_pretrained(tmp_path)
+    model = TextVAE.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {name.startswith("densities.") for name, p in model.state_dict().items() if p.dtype == torch.float32} == {True}
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_scale_of_zero_is_the_smallest_one():
+    config = ImageVAEConfig(image_size=8, num_channels=1, hidden_channels=[4])
+    config.scale = 0  # as transformers' common tests do to any configuration with a field of this name
+    assert ImageVAE(config).eval()(torch.zeros(2, 1, 8, 8)).loss.isfinite()
+
+
+def test_the_output_layer_is_found_and_replaced():
+    model, layer = small_text(), torch.nn.Linear(8, 30)
+    assert model.get_output_embeddings() is model.lm_head
+    model.set_output_embeddings(layer)
+    assert model.lm_head is layer
 
 
 def test_importing_mmvae_registers_its_models(tmp_path):

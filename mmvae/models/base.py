@@ -5,7 +5,7 @@ Shapes: ``S`` samples, ``K`` components of the posterior, ``B`` batch, ``*event`
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,6 +41,8 @@ class VAEOutput(ModelOutput):
         latent_logvar: (B, *event), the log of the posterior's variance.
         logits: (B, T, V), only when latents were given and text was decoded.
         past_key_values: the decoder's recurrent state while generating.
+        hidden_states: where asked for, what the encoder's layers gave, what enters the first one before; when text was decoded, what the
+            logits are made from.
     """
 
     loss: Tensor | None = None
@@ -54,6 +56,7 @@ class VAEOutput(ModelOutput):
     latent_logvar: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 @contextlib.contextmanager
@@ -63,6 +66,18 @@ def seeded(generator: torch.Generator | None) -> Iterator[None]:
         if generator is not None:
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
         yield
+
+
+@contextlib.contextmanager
+def outputs_of(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect what layers give meanwhile, in the order in which they are called."""
+    outputs: list[Tensor] = []
+    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output)) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _at_least(name: str, value: int, least: int) -> None:
@@ -93,13 +108,14 @@ class VAE(PreTrainedModel):
     model_tags: ClassVar[list[str]] = ["mmvae", "vae"]
     input_names: ClassVar[tuple[str, ...]] = ()
     condition_names: ClassVar[tuple[str, ...]] = ()
-    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"densities"}  # a flow in bfloat16 is not the flow that was fitted
 
     def post_init(self) -> None:
         """Add the densities that the configuration names, and what transformers does at the end of ``__init__``."""
         self.densities = nn.ModuleDict(
             {name: build_density(*self.density_dims(name), kind) for name, kind in self.config.densities.items()}
         )
+        if self.densities:
+            self._keep_in_fp32_modules_strict = {"densities"}  # a flow in bfloat16 is not the flow that was fitted
         super().post_init()
 
     @property
@@ -123,6 +139,10 @@ class VAE(PreTrainedModel):
     def prior(self) -> Distribution:
         """p(z), broadcasting over rows."""
         raise NotImplementedError
+
+    def hidden_layers(self) -> list[nn.Module]:
+        """Whose outputs are the encoder's hidden states, for models that show them: what enters the first layer, then each layer."""
+        return []
 
     def render(self, z: Tensor, **options: Any) -> Tensor:
         """What a person looks at, made from latents (B, *event)."""
@@ -155,6 +175,7 @@ class VAE(PreTrainedModel):
         objective: Objective | None = None,
         noise_key: Tensor | None = None,
         sample_posterior: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> VAEOutput:
         """Encode, sample, decode and weigh: the body of every model's ``forward``.
 
@@ -165,9 +186,12 @@ class VAE(PreTrainedModel):
             objective: (terms, beta) -> (B,) nats; the ELBO when None.
             noise_key: (B,) int64 keys of the posterior's noise (see :mod:`mmvae.noise`); torch's generator when None.
             sample_posterior: sample, or use the mean; None samples in training mode only.
+            output_hidden_states: return what the encoder's layers gave, too; as the configuration says when None.
         """
         _at_least("num_samples", num_samples, 1)
-        q = self.posterior(**inputs)
+        shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        with outputs_of(self.hidden_layers() if shown else ()) as hidden_states:
+            q = self.posterior(**inputs)
         terms = self.terms(q, inputs, num_samples, noise_key, self.training if sample_posterior is None else sample_posterior)
         loss_rows = -(objective or elbo)(self.weighted(terms), beta)
         with torch.no_grad():
@@ -186,6 +210,7 @@ class VAE(PreTrainedModel):
             latents=terms.z[0, present, torch.arange(len(present), device=present.device)],
             latent_mean=q.mixture.mean,
             latent_logvar=q.mixture.variance.log(),
+            hidden_states=tuple(hidden_states) or None,
         )
 
     @torch.no_grad()

@@ -162,6 +162,10 @@ class ImageVAE(VAEModel):
         """Replace the first convolution."""
         self.encoder.stem[1] = value
 
+    def hidden_layers(self) -> list[nn.Module]:
+        """The stem, then the last of every level's layers: features (B, C, h, w) at every size from half the image down."""
+        return [self.encoder.stem, *list(self.encoder.levels)[max(self.config.num_blocks - 1, 0) :: self.config.num_blocks + 1]]
+
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(D,), or (D, h, w) when the latent is spatial."""
@@ -255,6 +259,7 @@ class ImageVAE(VAEModel):
         objective: Objective | None = None,
         noise_key: Tensor | None = None,
         sample_posterior: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_loss: bool = True,
         **kwargs: Any,
     ) -> VAEOutput:
@@ -266,7 +271,7 @@ class ImageVAE(VAEModel):
             kwargs: what transformers hands to every model and this one has no use for; any other name is a TypeError.
         """
         refuse_unknown(self, kwargs)
-        return self.bound({"pixel_values": pixel_values}, beta, num_samples, objective, noise_key, sample_posterior)
+        return self.bound({"pixel_values": pixel_values}, beta, num_samples, objective, noise_key, sample_posterior, output_hidden_states)
 
     def log_px(self, z: Tensor, q: Posterior, pixel_values: Tensor) -> dict[str, Tensor]:
         """log p(x|z), (S, K, B) nats; the prior, and so every bound, is about the configured size."""

@@ -157,13 +157,9 @@ class TextVAE(VAEModel, GenerationMixin):
         """Replace the decoder's embedding."""
         self.decoder.embed_tokens = value
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The output layer."""
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replace the output layer."""
-        self.lm_head = value
+    def hidden_layers(self) -> list[nn.Module]:
+        """The encoder's embeddings, then its layers: states (B, T, H * directions) of rows padded at the right, arbitrary on padding."""
+        return [self.encoder_dropout, *self.encoder.states]
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the vocabulary, the encoder's own embedding included."""
@@ -254,6 +250,7 @@ class TextVAE(VAEModel, GenerationMixin):
         sample_posterior: bool | None = None,
         past_key_values: GRUState | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_loss: bool = True,
         **kwargs: Any,
     ) -> VAEOutput:
@@ -275,9 +272,9 @@ class TextVAE(VAEModel, GenerationMixin):
             seen = 0 if past_key_values is None else past_key_values.length
             states, hidden = self.decoder(input_ids, latents.to(self.dtype), hidden)
             state = GRUState(hidden, seen + input_ids.shape[1]) if use_cache else None
-            return VAEOutput(logits=self.lm_head(states), past_key_values=state)
+            return VAEOutput(logits=self.lm_head(states), past_key_values=state, hidden_states=(states,) if output_hidden_states else None)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.bound(inputs, beta, num_samples, objective, noise_key, sample_posterior)
+        return self.bound(inputs, beta, num_samples, objective, noise_key, sample_posterior, output_hidden_states)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -288,12 +285,12 @@ class TextVAE(VAEModel, GenerationMixin):
         input_ids: Tensor,
         latents: Tensor | None = None,
         past_key_values: GRUState | None = None,
-        use_cache: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What ``forward`` needs for the next token: the new tokens only, once there is a state."""
         seen = 0 if past_key_values is None else past_key_values.length
-        return {"input_ids": input_ids[:, seen:], "latents": latents, "past_key_values": past_key_values, "use_cache": use_cache}
+        kept = {name: kwargs.get(name) for name in ("use_cache", "output_hidden_states")}
+        return {"input_ids": input_ids[:, seen:], "latents": latents, "past_key_values": past_key_values, **kept}
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor | None = None, latents: Tensor | None = None, **options: Any) -> Any:
