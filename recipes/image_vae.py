@@ -41,6 +41,8 @@ class ImageArguments:
     latent_dim: int = field(default=16, metadata={"help": "16 suits the built-in sprites; pictures with more in them want more"})
     hidden_channels: list[int] | None = None
     num_blocks: int = 1
+    pose: str = field(default="none", metadata={"help": "rotation or rotation+shift: an angle, and a place, of an object are latents"})
+    pose_window: float = field(default=0.5, metadata={"help": "side of the square that the object fits into, in sides of the picture"})
     spatial_latent: bool = False
     norm: str = "group"
     dropout: float = 0.0

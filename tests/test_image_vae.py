@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from mmvae.likelihoods import LIKELIHOODS
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
 from mmvae.noise import fold
+from mmvae.pose import grid, sample
 
 
 def make(**options) -> ImageVAE:
@@ -262,3 +263,43 @@ def test_the_first_convolution_stands_for_the_embedding():
     assert first is model.encoder.stem[1]
     model.set_input_embeddings(torch.nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1))
     assert model.get_input_embeddings() is not first
+
+
+def posed(**options) -> ImageVAE:
+    torch.manual_seed(0)
+    config = {"image_size": 24, "num_channels": 1, "hidden_channels": [8, 16], "latent_dim": 5, "pose": "rotation"}
+    return ImageVAE(ImageVAEConfig(**config | options))
+
+
+def test_the_angle_turns_what_is_drawn():
+    model = posed().eval()
+    content, angle = torch.randn(2, 3), torch.tensor([0.4, 2.0])
+    plain, turned = (model.render(torch.cat([content, model.pose.latent(a, torch.zeros(2, 2))], 1)) for a in (angle, angle + math.pi / 2))
+    torch.testing.assert_close(turned, torch.rot90(plain, -1, (2, 3)), atol=1e-5, rtol=0)
+
+
+def test_angles_are_learned_without_labels():
+    """A wedge, turned anyhow: after training its angle is known up to one offset, and a turn of the picture is a turn of the latent."""
+    generator = torch.Generator().manual_seed(0)
+    angle = 2 * math.pi * torch.rand(256, generator=generator)
+    down, across = torch.meshgrid(torch.linspace(-1, 1, 24), torch.linspace(-1, 1, 24), indexing="ij")
+    wedge = ((across > -0.5) & (across < 0.6) & (down.abs() < 0.3 * (0.7 - across))).float()
+    pixels = sample(wedge.expand(256, 1, 24, 24), grid(angle, torch.zeros(256, 2), (24, 24), 1.0), "zeros")
+    model = posed(likelihood="bernoulli", binarize="threshold").train()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(80):
+        rows = torch.arange(64) + 64 * (step % 4)
+        model(pixel_values=pixels[rows].round(), beta=0.1).loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+    found, _ = model.eval().pose.split(model.encode(pixels).mean[:, 3:])
+    offset = torch.polar(torch.ones(256), found - angle).mean().angle()
+    error = (found - angle - offset + math.pi) % (2 * math.pi) - math.pi
+    assert error.abs().mean() < math.radians(8)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"), [({"latent_dim": 2}, "latent_dim"), ({"norm": "batch"}, "norm"), ({"spatial_latent": True}, "spatial_latent")]
+)
+def test_what_no_pose_can_have_is_refused(options, field):
+    with pytest.raises(StrictDataclassError, match=rf"ImageVAEConfig.{field}: received .* with a pose, expected"):
+        posed(**options)

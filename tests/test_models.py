@@ -39,6 +39,11 @@ MODELS = {
     "image without norm": lambda **kw: (ImageVAE(ImageVAEConfig(**IMAGE | {"norm": "none", "likelihood": "laplace"} | kw)), pictures),
     "image, discretized": lambda **kw: (ImageVAE(ImageVAEConfig(**IMAGE | {"likelihood": "discretized_logistic"} | kw)), pictures),
     "image, spatial latent": lambda **kw: (ImageVAE(ImageVAEConfig(**IMAGE | {"spatial_latent": True} | kw)), pictures),
+    "image, turned": lambda **kw: (ImageVAE(ImageVAEConfig(**IMAGE | {"pose": "rotation", "latent_dim": 5} | kw)), pictures),
+    "image, turned and shifted": lambda **kw: (
+        ImageVAE(ImageVAEConfig(**IMAGE | {"pose": "rotation+shift", "pose_window": 0.6, "latent_dim": 7} | kw)),
+        pictures,
+    ),
     "text": lambda **kw: (TextVAE(TextVAEConfig(**TEXT | kw)), sentences),
     "text, deep": lambda **kw: (
         TextVAE(TextVAEConfig(**TEXT | {"encoder_layers": 2, "decoder_layers": 2, "bidirectional": True} | kw)),

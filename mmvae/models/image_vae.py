@@ -22,9 +22,12 @@ from mmvae.distributions import DiagNormal
 from mmvae.likelihoods import LIKELIHOODS, SCALES, Likelihood
 from mmvae.models.base import VAEOutput
 from mmvae.models.configuration import VAEConfig, refuse_unknown
-from mmvae.models.unimodal import VAEModel
-from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, fold_leading, receptive_radius
+from mmvae.models.tiling import TiledModel
+from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, fold_leading
 from mmvae.objectives import Objective
+from mmvae.pose import POSES, Pose, arbitrary_angle, lay
+
+_NARROW = -6.0  # log-variance of a pose at the beginning: 3 degrees
 
 BINARIZATIONS = ("none", "threshold", "dynamic")
 
@@ -39,6 +42,9 @@ class ImageVAEConfig(VAEConfig):
         hidden_channels: channels of every level of the trunks, from the image down; each level halves the image. None: as many levels as
             bring a side to 7 pixels or fewer, the last 64 wide, those above 64, 32, then 16 (two levels: 32, 64); below 1 M parameters.
         num_blocks: residual blocks per level.
+        pose: "rotation" or "rotation+shift": the last 2 or 4 dimensions of the latent are the angle, and the place, of an object on a plain
+            background, which the trunks see and draw in a canonical pose; see :mod:`mmvae.pose`.
+        pose_window: side of the square that the object fits into at every angle, in sides of the picture; with a shift.
         spatial_latent: a latent of ``latent_dim`` channels at the bottom's resolution instead of a vector, for large pictures.
         norm: "group", "batch" or "none"; "batch" not with a "vamp" prior, whose pseudo-inputs would move the statistics of the data.
         dropout: inside residual blocks, [0, 1).
@@ -59,6 +65,8 @@ class ImageVAEConfig(VAEConfig):
     num_channels: int = 3
     hidden_channels: list[int] | tuple[int, ...] | None = None
     num_blocks: int = 1
+    pose: str = "none"
+    pose_window: float = 0.5
     spatial_latent: bool = False
     norm: str = "group"
     dropout: float | int = 0.0
@@ -72,6 +80,7 @@ class ImageVAEConfig(VAEConfig):
         "image_size": (4, 4096),
         "hidden_channels": (1, 4096),
         "num_blocks": (0, 64),
+        "pose_window": (0.05, 1),
         "dropout": (0, 0.99),
         "scale": (1e-3, 10),
         "input_noise": (0, 10),
@@ -79,6 +88,7 @@ class ImageVAEConfig(VAEConfig):
     choices: ClassVar[dict[str, tuple[Any, ...]]] = VAEConfig.choices | {
         "num_channels": (1, 3, 4),
         "norm": tuple(NORMS),
+        "pose": tuple(POSES),
         "likelihood": tuple(LIKELIHOODS),
         "scale_mode": SCALES,
         "binarize": BINARIZATIONS,
@@ -107,7 +117,12 @@ class ImageVAEConfig(VAEConfig):
     @property
     def bottom_size(self) -> tuple[int, int]:
         """(h, w) at the bottom of the trunk."""
-        return tuple(-(-side // self.stride) for side in self.height_width)
+        return tuple(-(-side // self.stride) for side in self.trunk_size)
+
+    @property
+    def trunk_size(self) -> tuple[int, int]:
+        """(H, W) of what the trunks see and draw: the picture, or the canonical window of a pose."""
+        return self.height_width if self.pose == "none" else Pose(self.pose, self.height_width, self.pose_window).window_size
 
     def validate_architecture(self) -> None:
         """Check the fields; see :meth:`VAEConfig.validate_architecture`."""
@@ -118,11 +133,19 @@ class ImageVAEConfig(VAEConfig):
             raise ValueError(f"ImageVAEConfig.hidden_channels: received {self.hidden_channels!r}, expected 1 to 8 levels")
         if self.likelihood == "discretized_logistic" and self.binarize != "none":
             raise ValueError(f"ImageVAEConfig.binarize: received {self.binarize!r}, expected 'none' with likelihood 'discretized_logistic'")
+        if self.pose != "none":
+            for name, wrong, expected in (
+                ("latent_dim", self.latent_dim <= POSES[self.pose], f"more than the {POSES[self.pose]} of the pose"),
+                ("spatial_latent", self.spatial_latent, "False"),
+                ("norm", self.norm == "batch", "'group' or 'none': the angle is found by drawing"),
+            ):
+                if wrong:
+                    raise ValueError(f"ImageVAEConfig.{name}: received {getattr(self, name)!r} with a pose, expected {expected}")
         if self.prior == "vamp" and self.norm == "batch":
             raise ValueError("ImageVAEConfig.norm: received 'batch', expected 'group' or 'none' with prior 'vamp'")
 
 
-class ImageVAE(VAEModel):
+class ImageVAE(TiledModel):
     """Convolutional VAE over images; see the module's docstring for sizes.
 
     Example:
@@ -143,14 +166,19 @@ class ImageVAE(VAEModel):
         trunk = {"channels": config.trunk_channels, "num_blocks": config.num_blocks, "norm": config.norm, "dropout": config.dropout}
         width, (height, across) = config.trunk_channels[-1], config.bottom_size
         self.likelihood = Likelihood(config.likelihood, config.scale_mode, config.scale)
+        channels = config.num_channels * self.likelihood.parameters_per_value
+        self.pose = None if config.pose == "none" else Pose(config.pose, config.height_width, config.pose_window)
+        self.content_dim = config.latent_dim - POSES[config.pose]
         self.encoder = ConvEncoder(config.num_channels, **trunk)
-        self.decoder = ConvDecoder(config.num_channels * self.likelihood.parameters_per_value, **trunk)
+        self.decoder = ConvDecoder(channels + bool(self.pose), **trunk)  # of a pose also a mask
         if config.spatial_latent:
             self.to_moments: nn.Module = nn.Conv2d(width, 2 * config.latent_dim, 3, padding=1)
             self.from_latent: nn.Module = nn.Conv2d(config.latent_dim, width, 3, padding=1)
         else:
-            self.to_moments = nn.Linear(width * height * across, 2 * config.latent_dim)
-            self.from_latent = nn.Linear(config.latent_dim, width * height * across)
+            shift = 2 if self.pose and self.pose.shifts else 0  # content may tell in words where something is
+            self.to_moments = nn.Linear(width * height * across + shift, self.content_dim + config.latent_dim)
+            self.from_latent = nn.Linear(self.content_dim, width * height * across)
+        self.behind = nn.Linear(self.content_dim, channels) if self.pose else None
         self.latent_prior = self.build_prior()
         self.post_init()
 
@@ -204,13 +232,34 @@ class ImageVAE(VAEModel):
 
     def _infer(self, pixels: Tensor) -> DiagNormal:
         """q(z|x) of pixels in [0, 1], (B, C, H, W)."""
+        if self.pose is None:
+            return DiagNormal(*self._moments(pixels), len(self.latent_shape))
+        pixels = pixels.float()
+        shift = self.pose.locate(pixels)
+        # the content is inferred from the object turned anyhow, and so cannot know its angle
+        loc, logvar = self._moments(self.pose.cut(pixels, shift, arbitrary_angle(pixels)), shift if self.pose.shifts else None)
+        with torch.no_grad():
+            drawn = self.likelihood(lay(*self._canonical(loc))).mean
+            angle = self.pose.match(self.pose.cut(pixels, shift, torch.zeros_like(shift[:, 0])), drawn.float())
+        logvar = torch.cat([logvar[:, : self.content_dim], logvar[:, self.content_dim :] + _NARROW], 1)
+        return DiagNormal(torch.cat([loc, self.pose.latent(angle, shift)], 1), logvar)
+
+    def _moments(self, pixels: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The content's mean and the latent's log-variance, from what the trunk sees."""
         x, stride = 2 * pixels.to(self.dtype) - 1, self.config.stride
         height, width = x.shape[-2:]
         if height % stride or width % stride:
             x = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
         h = self.encoder(x)
-        loc, logvar = self.to_moments(h if self.config.spatial_latent else h.flatten(1)).chunk(2, 1)
-        return DiagNormal(loc, logvar, len(self.latent_shape))
+        if not self.config.spatial_latent:
+            h = h.flatten(1) if shift is None else torch.cat([h.flatten(1), shift.to(h.dtype)], 1)
+        return self.to_moments(h).tensor_split([self.content_dim], 1)
+
+    def _canonical(self, content: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Object (B, C, h, w), logits of its mask (B, 1, h, w) and background (B, C) of contents (B, D)."""
+        height, width = self.config.trunk_size
+        drawn = self.decoder(self.from_latent(content).unflatten(1, (-1, *self.config.bottom_size)))[..., :height, :width]
+        return drawn[:, :-1], drawn[:, -1:], self.behind(content)
 
     def decode(self, z: Tensor) -> Distribution:
         """p(x|z).
@@ -228,11 +277,13 @@ class ImageVAE(VAEModel):
         if z.shape[-event] != self.config.latent_dim:
             raise ValueError(f"latents: received shape {tuple(z.shape)}, expected {self.config.latent_dim} at dimension {-event}")
         flat, leading = fold_leading(z.to(self.dtype), event)
-        h = self.from_latent(flat)
-        if not self.config.spatial_latent:
-            h = h.unflatten(1, (-1, *self.config.bottom_size))
-        height, width = self._picture_size(h)
-        output = self.decoder(h)[..., :height, :width]
+        if self.pose is not None:
+            output = self.pose.place(*self._canonical(flat[:, : self.content_dim]), flat[:, self.content_dim :])
+        else:
+            h = self.from_latent(flat)
+            h = h if self.config.spatial_latent else h.unflatten(1, (-1, *self.config.bottom_size))
+            height, width = self._picture_size(h)
+            output = self.decoder(h)[..., :height, :width]
         return self.likelihood(output.unflatten(0, leading) if leading else output[0])
 
     def _picture_size(self, bottom: Tensor) -> tuple[int, int]:
@@ -292,55 +343,3 @@ class ImageVAE(VAEModel):
             low, high = (float(bound) for bound in pixel_values.aminmax())
             if not (low >= -1e-3 and high <= 1 + 1e-3):  # rounding is forgiven, NaN is not
                 raise ValueError(f"pixel_values: received values from {low} to {high}, expected floats in [0, 1] or torch.uint8")
-
-    def encode_tiled(self, pixel_values: Tensor, tile_size: int = 64) -> DiagNormal:
-        """:meth:`encode` of a large picture with a spatial latent, tile by tile with overlap, in memory that depends on the tile.
-
-        Exact for norm "none" and, in evaluation mode, "batch": the overlap covers the receptive field. GroupNorm sees the tile instead of
-        the picture; compare with :meth:`encode` to know the deviation. Adds no input noise.
-
-        Arguments:
-            pixel_values: (B, C, H, W), of the configured size or with sides that the stride divides.
-            tile_size: of a tile's core, in latent pixels.
-        """
-        stride = self.config.stride
-        self._check(pixel_values, any_size=True)
-        size = tuple(-(-side // stride) for side in pixel_values.shape[-2:])
-        loc, logvar = (torch.empty(len(pixel_values), self.config.latent_dim, *size, device=pixel_values.device) for _ in range(2))
-        for core, halo, inner in self._tiles(size, tile_size):  # only tiles at the right and bottom are padded, just as the whole is
-            tile = pixel_values[..., _scaled(halo[0], stride), _scaled(halo[1], stride)]
-            q = self._infer(self.target(pixel_values=tile))
-            loc[..., core[0], core[1]], logvar[..., core[0], core[1]] = (v[..., inner[0], inner[1]] for v in (q.loc, q.logvar))
-        return DiagNormal(loc, logvar, 3)
-
-    def render_tiled(self, z: Tensor, tile_size: int = 64) -> Tensor:
-        """:meth:`render` of a large spatial latent (B, D, h, w), tile by tile; exact where :meth:`encode_tiled` is."""
-        stride, size = self.config.stride, tuple(z.shape[-2:])
-        pixels = torch.empty(len(z), self.config.num_channels, *(side * stride for side in size), device=z.device)
-        for core, halo, inner in self._tiles(size, tile_size):
-            # decoded without the cut to the configured size, which a tile may happen to have
-            tile = self.likelihood(self.decoder(self.from_latent(z[..., halo[0], halo[1]].to(self.dtype)))).mean.float().clamp(0, 1)
-            pixels[..., _scaled(core[0], stride), _scaled(core[1], stride)] = tile[
-                ..., _scaled(inner[0], stride), _scaled(inner[1], stride)
-            ]
-        height, width = self._picture_size(z)
-        return pixels[..., :height, :width]
-
-    def _tiles(self, size: tuple[int, ...], tile: int) -> list[tuple[tuple[slice, ...], tuple[slice, ...], tuple[slice, ...]]]:
-        """Core, core with halo, and the core inside its halo, in latent pixels, for every tile."""
-        if not self.config.spatial_latent:
-            raise ValueError("tiles: received a model with spatial_latent=False, expected a spatial latent")
-        if tile < 1:
-            raise ValueError(f"tile_size: received {tile}, expected at least 1")
-        radius = receptive_radius(len(self.config.trunk_channels), self.config.num_blocks)
-        axes = []
-        for side in size:
-            starts = range(0, side, tile)
-            cores = [slice(start, min(start + tile, side)) for start in starts]
-            halos = [slice(max(core.start - radius, 0), min(core.stop + radius, side)) for core in cores]
-            axes.append([(c, h, slice(c.start - h.start, c.stop - h.start)) for c, h in zip(cores, halos, strict=True)])
-        return [tuple(zip(row, column, strict=True)) for row in axes[0] for column in axes[1]]
-
-
-def _scaled(part: slice, factor: int) -> slice:
-    return slice(part.start * factor, part.stop * factor)

@@ -1,0 +1,64 @@
+"""Large pictures tile by tile: encoding and rendering with a spatial latent, in memory that depends on the tile."""
+
+import torch
+from torch import Tensor
+
+from mmvae.distributions import DiagNormal
+from mmvae.models.unimodal import VAEModel
+from mmvae.nn import receptive_radius
+
+
+class TiledModel(VAEModel):
+    """Tiles for a model with trunks and a spatial latent between them, as :class:`mmvae.models.image_vae.ImageVAE` has."""
+
+    def encode_tiled(self, pixel_values: Tensor, tile_size: int = 64) -> DiagNormal:
+        """:meth:`encode` of a large picture with a spatial latent, tile by tile with overlap, in memory that depends on the tile.
+
+        Exact for norm "none" and, in evaluation mode, "batch": the overlap covers the receptive field. GroupNorm sees the tile instead of
+        the picture; compare with :meth:`encode` to know the deviation. Adds no input noise.
+
+        Arguments:
+            pixel_values: (B, C, H, W), of the configured size or with sides that the stride divides.
+            tile_size: of a tile's core, in latent pixels.
+        """
+        stride = self.config.stride
+        self._check(pixel_values, any_size=True)
+        size = tuple(-(-side // stride) for side in pixel_values.shape[-2:])
+        loc, logvar = (torch.empty(len(pixel_values), self.config.latent_dim, *size, device=pixel_values.device) for _ in range(2))
+        for core, halo, inner in self._tiles(size, tile_size):  # only tiles at the right and bottom are padded, just as the whole is
+            tile = pixel_values[..., _scaled(halo[0], stride), _scaled(halo[1], stride)]
+            q = self._infer(self.target(pixel_values=tile))
+            loc[..., core[0], core[1]], logvar[..., core[0], core[1]] = (v[..., inner[0], inner[1]] for v in (q.loc, q.logvar))
+        return DiagNormal(loc, logvar, 3)
+
+    def render_tiled(self, z: Tensor, tile_size: int = 64) -> Tensor:
+        """:meth:`render` of a large spatial latent (B, D, h, w), tile by tile; exact where :meth:`encode_tiled` is."""
+        stride, size = self.config.stride, tuple(z.shape[-2:])
+        pixels = torch.empty(len(z), self.config.num_channels, *(side * stride for side in size), device=z.device)
+        for core, halo, inner in self._tiles(size, tile_size):
+            # decoded without the cut to the configured size, which a tile may happen to have
+            tile = self.likelihood(self.decoder(self.from_latent(z[..., halo[0], halo[1]].to(self.dtype)))).mean.float().clamp(0, 1)
+            pixels[..., _scaled(core[0], stride), _scaled(core[1], stride)] = tile[
+                ..., _scaled(inner[0], stride), _scaled(inner[1], stride)
+            ]
+        height, width = self._picture_size(z)
+        return pixels[..., :height, :width]
+
+    def _tiles(self, size: tuple[int, ...], tile: int) -> list[tuple[tuple[slice, ...], tuple[slice, ...], tuple[slice, ...]]]:
+        """Core, core with halo, and the core inside its halo, in latent pixels, for every tile."""
+        if not self.config.spatial_latent:
+            raise ValueError("tiles: received a model with spatial_latent=False, expected a spatial latent")
+        if tile < 1:
+            raise ValueError(f"tile_size: received {tile}, expected at least 1")
+        radius = receptive_radius(len(self.config.trunk_channels), self.config.num_blocks)
+        axes = []
+        for side in size:
+            starts = range(0, side, tile)
+            cores = [slice(start, min(start + tile, side)) for start in starts]
+            halos = [slice(max(core.start - radius, 0), min(core.stop + radius, side)) for core in cores]
+            axes.append([(c, h, slice(c.start - h.start, c.stop - h.start)) for c, h in zip(cores, halos, strict=True)])
+        return [tuple(zip(row, column, strict=True)) for row in axes[0] for column in axes[1]]
+
+
+def _scaled(part: slice, factor: int) -> slice:
+    return slice(part.start * factor, part.stop * factor)

@@ -1,0 +1,163 @@
+r"""A picture as content in a canonical pose that is turned and shifted over a plain background.
+
+The pose is part of the latent, and standard normal like the rest of it: two dimensions :math:`g` for the angle, whose prior is then uniform
+on the circle, without a break at :math:`\pm\pi`, and two for the shift, uniform over the picture,
+
+.. math:: \theta = \mathrm{atan2}(g_2, g_1), \qquad t = 2\,\Phi(g_{3:4}) - 1.
+
+The angle is inferred by matching: what the content looks like in the canonical pose is turned by many angles and laid over the picture.
+So there is nothing to learn about angles, and no local optimum in which a shape is drawn as the mean of its turns; the posterior's width is
+learned. The shift is where the picture differs from its border.
+
+Shapes: ``B`` pictures, ``C`` channels, ``H, W`` of the picture, ``h, w`` of the canonical window; places in half sides of the picture, x to
+the right and y down, (0, 0) its middle; angles in radians clockwise.
+
+References:
+    Bepler et al. (2019), Explicitly disentangling image content from translation and rotation with spatial-VAE,
+    https://arxiv.org/abs/1909.11663 (whose angle is a normal on the line, inferred by a network)
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmvae.noise import fold, keyed_uniform
+
+POSES = {"none": 0, "rotation": 2, "rotation+shift": 4}  # and their latent dimensions
+
+_TURN = 0x7475726E
+_RADIUS = 1.25  # of the angle's mean: with it and a small width, the two dimensions have the moments of a standard normal
+_OUTSIDE = 8.0  # minus the logit of the mask beyond the canonical window
+_EDGE = 0.999  # farthest inferred shift, where its latent is still finite
+
+
+def grid(angle: Tensor, shift: Tensor, size: tuple[int, int], window: float) -> Tensor:
+    """Where the pixels of a picture lie in the canonical window: ``R(-angle) (place - shift) / window``.
+
+    Arguments:
+        angle: (B,); shift: (B, 2).
+        size: H, W.
+        window: side of the canonical window, in sides of the picture.
+
+    Returns:
+        (B, H, W, 2), for ``grid_sample``.
+    """
+    across, down = (torch.arange(side, device=angle.device, dtype=angle.dtype) for side in reversed(size))
+    right = ((2 * across + 1) / size[1] - 1).view(1, 1, -1) - shift[:, 0].view(-1, 1, 1)
+    below = ((2 * down + 1) / size[0] - 1).view(1, -1, 1) - shift[:, 1].view(-1, 1, 1)
+    cos, sin = angle.cos().view(-1, 1, 1) / window, angle.sin().view(-1, 1, 1) / window
+    return torch.stack([cos * right + sin * below, cos * below - sin * right], -1)
+
+
+def sample(pictures: Tensor, places: Tensor, padding: str = "border") -> Tensor:
+    """Bilinear ``grid_sample`` of pictures (B, C, h, w) at places (B, H, W, 2), in float32."""
+    return F.grid_sample(pictures.float(), places, mode="bilinear", padding_mode=padding, align_corners=False)
+
+
+def centre_of(pixels: Tensor) -> Tensor:
+    """Where a picture differs from its border: the centre of gravity of the squared distance from the border's median colour, (B, 2).
+
+    Arguments:
+        pixels: (B, C, H, W) float.
+    """
+    rim = torch.cat([pixels[:, :, 0], pixels[:, :, -1], pixels[:, :, :, 0], pixels[:, :, :, -1]], -1)
+    weight = (pixels - rim.median(-1).values[:, :, None, None]).square().sum(1)
+    weight = (weight - 0.1 * weight.flatten(1).amax(1).view(-1, 1, 1)).clamp_min(0) + 1e-8  # a faint texture weighs nothing
+    weight = weight / weight.sum((1, 2), keepdim=True)
+    across, down = ((2 * torch.arange(side, device=pixels.device) + 1) / side - 1 for side in (pixels.shape[3], pixels.shape[2]))
+    return torch.stack([(weight.sum(1) * across).sum(1), (weight.sum(2) * down).sum(1)], 1)
+
+
+def arbitrary_angle(pixels: Tensor) -> Tensor:
+    """An angle (B,) that a picture (B, C, H, W) of pixels in [0, 1] always has, and that tells nothing of what it shows: a hash."""
+    levels = (255 * pixels.detach()).round().long().flatten(1)
+    keys = (levels * torch.arange(1, levels.shape[1] + 1, device=levels.device)).sum(1)  # of integers: exact in any order
+    return 2 * math.pi * keyed_uniform(fold(_TURN, keys), ()).float()
+
+
+def lay(front: Tensor, mask: Tensor, behind: Tensor) -> Tensor:
+    """Pictures (B, C, H, W) over plain backgrounds (B, C), opaque where the logits (B, 1, H, W) of the mask are high."""
+    behind = behind[:, :, None, None]
+    return behind + mask.sigmoid() * (front - behind)
+
+
+class Pose(nn.Module):
+    """Turning and shifting, for one size of picture.
+
+    Arguments:
+        kind: a key of ``POSES`` other than "none".
+        size: H, W.
+        window: side of the canonical window, in sides of the picture; without a shift it is the picture.
+        angles: how many are tried.
+    """
+
+    def __init__(self, kind: str, size: tuple[int, int], window: float = 1.0, angles: int = 24):
+        super().__init__()
+        self.shifts, self.size, self.angles = kind == "rotation+shift", size, angles
+        self.window = window if self.shifts else 1.0
+
+    @property
+    def dim(self) -> int:
+        """Latent dimensions."""
+        return 4 if self.shifts else 2
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """(h, w), even numbers of pixels."""
+        return tuple(2 * max(1, round(side * self.window / 2)) for side in self.size)
+
+    def split(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Angle (B,) in (-pi, pi] and shift (B, 2) of the pose's latent (B, 2 or 4)."""
+        g = g.float()
+        shift = torch.erf(g[:, 2:] / math.sqrt(2)) if self.shifts else torch.zeros_like(g)
+        return torch.atan2(g[:, 1], g[:, 0]), shift
+
+    def latent(self, angle: Tensor, shift: Tensor) -> Tensor:
+        """The latent (B, 2 or 4) of an angle (B,) and a shift (B, 2): the inverse of :meth:`split`."""
+        parts = [_RADIUS * angle.cos().unsqueeze(1), _RADIUS * angle.sin().unsqueeze(1)]
+        return torch.cat([*parts, math.sqrt(2) * torch.erfinv(shift.clamp(-_EDGE, _EDGE))] if self.shifts else parts, 1)
+
+    def locate(self, pixels: Tensor) -> Tensor:
+        """The shift (B, 2) of pictures (B, C, H, W); zero where the pose has none."""
+        return centre_of(pixels) if self.shifts else pixels.new_zeros(len(pixels), 2)
+
+    def cut(self, pixels: Tensor, shift: Tensor, angle: Tensor) -> Tensor:
+        """The canonical windows (B, C, h, w) of pictures (B, C, H, W) that have this pose."""
+        places = grid(-angle, torch.zeros_like(shift), self.window_size, 1 / self.window) + shift.view(-1, 1, 1, 2)
+        return sample(pixels, places)
+
+    def match(self, seen: Tensor, drawn: Tensor) -> Tensor:
+        """The angle (B,) by which what is drawn in the canonical pose must be turned to look like what is seen.
+
+        Arguments:
+            seen: (B, C, h, w), windows at angle 0.
+            drawn: (B, C, h, w), without gradient.
+        """
+        seen, drawn = F.avg_pool2d(seen, 2), F.avg_pool2d(drawn, 2)
+        step = 2 * math.pi / self.angles
+        tried = step * torch.arange(self.angles, device=seen.device, dtype=seen.dtype)
+        places = grid(tried, tried.new_zeros(self.angles, 2), tuple(seen.shape[2:]), 1.0)
+        # one picture of all rows' channels, turned by every angle
+        turned = sample(drawn.flatten(0, 1).expand(self.angles, -1, -1, -1), places).unflatten(1, drawn.shape[:2])
+        wrong = (turned - seen).square().sum((2, 3, 4)).t()
+        best = wrong.argmin(1, keepdim=True)
+        before, here, after = (wrong.gather(1, (best + by) % self.angles).squeeze(1) for by in (-1, 0, 1))
+        bend = (before - 2 * here + after).clamp_min(1e-12)  # the lowest point of the parabola through the three
+        return step * (best.squeeze(1) + (0.5 * (before - after) / bend).clamp(-0.5, 0.5))
+
+    def place(self, front: Tensor, mask: Tensor, behind: Tensor, g: Tensor) -> Tensor:
+        """Turn and shift what is drawn in the canonical pose, over a plain background.
+
+        Arguments:
+            front: (B, C, h, w); mask: (B, 1, h, w), logits of what is opaque; behind: (B, C).
+            g: (B, 2 or 4), the pose's latent.
+
+        Returns:
+            (B, C, H, W).
+        """
+        angle, shift = self.split(g)
+        places = grid(angle, shift, self.size, self.window)
+        # logits: a mask that is turned stays sharp
+        return lay(sample(front, places), sample(mask + _OUTSIDE, places, "zeros") - _OUTSIDE, behind)
