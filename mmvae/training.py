@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from mmvae import checkpoint
 from mmvae.loop import Batches, Run, Signals, Step, to_device, train_epoch
@@ -74,7 +75,11 @@ def evaluate(
     sums: dict[str, Tensor] = {}
     weight = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     with _evaluation_mode(accelerator._models if models is None else models), torch.inference_mode():
-        for batch in loader.batches(0):
+        total = None
+        with contextlib.suppress(TypeError):  # the length of a stream is not known
+            total = len(loader)
+        hidden = None if accelerator.is_main_process else True  # None: where nobody looks on, at no terminal
+        for batch in tqdm(loader.batches(0), "evaluating", total, leave=False, unit="batch", disable=hidden):
             batch = to_device(accelerator.device, batch)
             w = batch["row_weight"].double()
             weight = weight + w.sum()
