@@ -11,13 +11,14 @@ all padded positions, unfused Adam; images one by one through a default collate,
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain, count, repeat
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.data import DataLoader
 
 from mmvae import ImageVAE, ImageVAEConfig, TextVAE, TextVAEConfig
@@ -65,14 +66,6 @@ class PlainTextVAE(nn.Module):
         return (nll + kl) / len(ids)
 
 
-def endless(batches: Callable[[int], Iterator]) -> Iterator:
-    """The batches of epoch 0, 1, 2, ..."""
-    epoch = 0
-    while True:
-        yield from batches(epoch)
-        epoch += 1
-
-
 def text_work(args: BenchmarkArguments) -> tuple[Callable[[], float], Callable[[], float], str]:
     """The reference's step and ours; each returns how many real tokens it trained on."""
     data = load_rows(args.text)
@@ -83,7 +76,7 @@ def text_work(args: BenchmarkArguments) -> tuple[Callable[[], float], Callable[[
     config = TextVAEConfig(vocab_size=len(tokenizer), embedding_size=300, hidden_size=256, latent_dim=16)
     model, plain = TextVAE(config).train(), PlainTextVAE(len(tokenizer), 300, 256, 16)
     optimizer, unfused = torch.optim.AdamW(model.parameters(), fused=True), torch.optim.Adam(plain.parameters(), foreach=False)
-    ours, theirs = endless(loader.batches), endless(lambda epoch: iter(plain_rows))
+    ours, theirs = chain.from_iterable(map(loader.batches, count())), chain.from_iterable(repeat(plain_rows))
 
     def step() -> float:
         batch = next(ours)
@@ -95,11 +88,8 @@ def text_work(args: BenchmarkArguments) -> tuple[Callable[[], float], Callable[[
     def reference() -> float:
         rows = next(theirs)
         lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
         unfused.zero_grad()
-        plain(ids, lengths).backward()
+        plain(pad_sequence([torch.tensor(row) for row in rows], batch_first=True), lengths).backward()
         unfused.step()
         return (lengths - 1).sum().item()
 
@@ -116,7 +106,8 @@ def image_work(args: BenchmarkArguments) -> tuple[Callable[[], float], Callable[
     config = ImageVAEConfig(image_size=args.image_size, num_channels=args.num_channels)
     plain, model = ImageVAE(config).train(), ImageVAE(config).to(memory_format=torch.channels_last).train()
     optimizer, unfused = torch.optim.AdamW(model.parameters(), fused=True), torch.optim.Adam(plain.parameters(), foreach=False)
-    ours, theirs = endless(Loader(rows, args.image_batch).batches), endless(lambda epoch: iter(plain_rows))
+    loader = Loader(rows, args.image_batch)
+    ours, theirs = chain.from_iterable(map(loader.batches, count())), chain.from_iterable(repeat(plain_rows))
 
     def step(model: ImageVAE, pixels: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         optimizer.zero_grad()
