@@ -72,13 +72,13 @@ def template_iou(pixels: Tensor, shape: Tensor, size: Tensor, colour: Tensor) ->
     found = []
     for part, shapes, sizes, colours in zip(*(x.cpu().split(_CHUNK) for x in (pixels, shape, size, colour)), strict=True):
         covered = covered_by_object(part, colours)
-        pose = _Fit(_clear(covered), shapes, sizes, _clear).search()
+        pose = _Fit(clear(covered), shapes, sizes, clear).search()
         finer = F.interpolate(covered.unsqueeze(1), scale_factor=FINE, mode="bilinear").squeeze(1)
         found.append(_Fit(_half(finer), shapes, sizes, _half).iou(pose.unsqueeze(1)).squeeze(1))
     return torch.cat(found).to(pixels.device)
 
 
-def _clear(covered: Tensor) -> Tensor:
+def clear(covered: Tensor) -> Tensor:
     """s(c): what is nearly background is background, what is nearly object is object."""
     return ((covered - 0.3) / 0.4).clamp(0, 1)
 

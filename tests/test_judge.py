@@ -10,7 +10,7 @@ from recipe_runs import recipe
 
 from mmvae.data import sprites
 from mmvae.data.sprites import ATTRIBUTES, render
-from mmvae.judge import Judge, parse_caption, smallest_iou, strict_captions
+from mmvae.judge import Judge, locate, look, parse_caption, smallest_iou, strict_captions
 from mmvae.negatives import KINDS, blur, examples
 from mmvae.templates import covered_by_object, template_iou
 
@@ -149,6 +149,59 @@ def test_blur_keeps_the_sum_inside_and_zero_changes_nothing():
     assert torch.allclose(soft[0], dot[0]) and soft[1].sum().item() == pytest.approx(1, abs=1e-4)
     place = torch.arange(64.0)
     assert ((place - 33).square() * soft[1].sum(0)).sum().item() == pytest.approx(4, rel=0.01), "the variance is the square of 2"
+
+
+def test_only_what_a_kind_needs_is_drawn_and_it_is_the_same():
+    """Rows drawn together, each by its kind, are those drawn one by one."""
+    together = examples(torch.arange(24), negatives=1.0)
+    assert len(together.kinds.unique()) > 6
+    for row in range(24):
+        assert torch.equal(examples(torch.tensor([row]), negatives=1.0).pixels[0], together.pixels[row])
+
+
+# ---- what the judge looks at
+
+
+@pytest.mark.parametrize(("size", "radius"), [("small", 0.085), ("big", 0.155)])
+def test_the_object_is_located(size, radius):
+    pixels = drawn("square", size, 0.31, 0.64)
+    mask = covered_by_object(pixels.float() / 255, torch.zeros(1, dtype=torch.int64))
+    centre, scale = locate(mask)
+    assert centre[0].tolist() == pytest.approx([0.31, 0.64], abs=2e-3) and scale.item() == pytest.approx(radius, rel=0.02)
+
+
+def test_of_two_objects_the_larger_is_located():
+    big, small = (drawn("square", size, *place).float() / 255 for size, place in (("big", (0.26, 0.3)), ("small", (0.82, 0.84))))
+    centre, _ = locate(covered_by_object(torch.maximum(big, small), torch.zeros(1, dtype=torch.int64)))
+    assert centre[0].tolist() == pytest.approx([0.26, 0.3], abs=5e-3)
+
+
+def test_a_turn_of_the_picture_turns_the_circles_and_a_shift_leaves_them():
+    pixels = pictures(3)[0].float() / 255
+    circles, _ = look(pixels)
+    assert circles.std() > 0.1
+    assert torch.allclose(look(pixels.rot90(1, (2, 3)))[0], circles.roll(-16, 2), atol=1e-3)
+    one = drawn("heart", x=0.4, y=0.45).float() / 255
+    shifted = look(one.roll((4, 8), (2, 3)))
+    assert torch.allclose(shifted[0], look(one)[0], atol=1e-3)
+    moved = (shifted[1] - look(one)[1])[0, 3:5]
+    assert moved.tolist() == pytest.approx([10 * 8 / 64, 10 * 4 / 64], abs=1e-3), "ten times x and y of the centre"
+
+
+def test_shape_does_not_depend_on_the_turn_and_what_lies_far_away_is_seen():
+    torch.manual_seed(0)
+    judge, pixels = Judge(8).eval(), pictures(3)[0].float() / 255
+    with torch.no_grad():
+        h, turned = (judge.around(look(x)[0]).amax(2) for x in (pixels, pixels.rot90(1, (2, 3))))
+    assert torch.allclose(h, turned, atol=1e-3) and h.std() > 0.01
+    alone = drawn("square", x=0.26, y=0.3).float() / 255
+    both = torch.maximum(alone, drawn("square", "small", 0.82, 0.84).float() / 255)
+    beyond = slice(-256 - 3, -256)
+    assert look(alone)[1][0, beyond].max() < 0.01 and look(both)[1][0, beyond].min() > 0.5
+
+
+def test_nothing_to_see_is_still_a_number():
+    assert all(x.isfinite().all() for x in look(torch.full((2, 3, 64, 64), 0.5)))
 
 
 # ---- the judge
