@@ -29,7 +29,7 @@ from mmvae.optimization import EMA, unwrap, update
 from mmvae.options import RunArguments, parse
 from mmvae.pictures import curves
 from mmvae.processing import ImageVAEImageProcessor, load_tokenizer, train_tokenizer
-from mmvae.record import public
+from mmvae.record import public, without_place
 from mmvae.schedules import SCHEDULES
 from mmvae.training import Result, fit, load_weights
 
@@ -211,10 +211,10 @@ def train(
 
 def _without_place(word: str) -> str:
     """A word of a command line; of an absolute path outside the working and the home directory, only the last part."""
-    name, equals, value = word.rpartition("=")
-    path = Path(value)
+    option, equals, value = word.rpartition("=")
+    path = Path(value.rpartition(":")[2])
     near = any(path.is_relative_to(folder) for folder in (Path.cwd(), Path.home()))
-    return word if not path.is_absolute() or near else name + equals + path.name
+    return word if not path.is_absolute() or near else option + equals + without_place(value)
 
 
 def finish(

@@ -144,7 +144,7 @@ def write_metrics(
         The path of ``metrics.json``.
     """
     record = {
-        "dataset": _dataset_name(dataset),
+        "dataset": without_place(dataset),
         "split": split,
         "metrics": {name: float(value) for name, value in metrics.items()},
         "seconds": round(float(seconds), 1),
@@ -159,6 +159,13 @@ def write_metrics(
     return replace_text(folder / "metrics.json", json.dumps(public(record), indent=2, allow_nan=False, default=str) + "\n")
 
 
-def _dataset_name(dataset: str) -> str:
-    local = Path(dataset).is_absolute() or dataset.startswith((".", "~")) or Path(dataset).exists()
-    return Path(dataset).expanduser().resolve().name if local else dataset
+def without_place(name: str) -> str:
+    """A name as it may be told: of a path of this machine only the last part, also of one after "kind:"; an id as it is.
+
+    Example:
+        >>> without_place("/home/me/data/mnist"), without_place("words:/home/me/data/mnist"), without_place("user/name")
+        ('mnist', 'words:mnist', 'user/name')
+    """
+    kind, colon, path = name.rpartition(":")
+    local = Path(path).is_absolute() or path.startswith((".", "~")) or Path(path).exists()
+    return kind + colon + Path(path).expanduser().resolve().name if local and path else name

@@ -1,12 +1,12 @@
 """Every figure of a trained VAE on any data set, as a table and as JSON.
 
     accelerate launch recipes/evaluate.py --model outputs/text_vae_ptb --dataset path/to/ptb --split test --importance_samples 500
-    accelerate launch recipes/evaluate.py --model user/name --dataset sprites:3
-    accelerate launch recipes/evaluate.py --model outputs/mmvae --dataset sprites:3 --judge outputs/sprites_judge
+    accelerate launch recipes/evaluate.py --model user/name --dataset sprites:3 --judge outputs/sprites_judge
+    accelerate launch recipes/evaluate.py --model outputs/joint_digits --dataset words:path/to/mnist --label label
     accelerate launch recipes/evaluate.py --model outputs/seed0 outputs/seed1 outputs/seed2 --dataset path/to/multi30k
 
-A joint model is also asked to retrieve, translate and describe; see mmvae/coherence.py. Of several models there are also means and
-deviations: --output is their JSON, and each folder gets its own.
+A joint model is also asked to retrieve, translate and describe (mmvae/coherence.py), with --label also what is of the right class, by a
+classifier trained first. Of several models there are means and deviations too: --output is their JSON, and each folder gets its own.
 Results are independent of batch size and number of processes; the noise of a row is keyed by (seed, row).
 """
 
@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
 from mmvae import MMVAE
+from mmvae.classifiers import labelled_coherence
 from mmvae.coherence import evaluate_joint
 from mmvae.data import Column, ImageColumn, Loader, Rows, TextColumn, as_modalities, find_column, load_rows, splits
 from mmvae.evaluation import binarization, evaluate_conditional, evaluate_vae
@@ -28,7 +29,7 @@ from mmvae.experiment import parse, precision
 from mmvae.judge import Judge
 from mmvae.options import parse_modalities
 from mmvae.pictures import table
-from mmvae.record import public
+from mmvae.record import public, without_place
 
 
 @dataclass
@@ -49,6 +50,7 @@ class EvaluationArguments:
     num_generated: int = field(default=1000, metadata={"help": "first rows of which a joint model generates; 0 leaves that out"})
     num_beams: int = field(default=1, metadata={"help": "of the texts that are generated"})
     judge: str | None = field(default=None, metadata={"help": "folder of a judge of sprites, of recipes/sprites_judge.py"})
+    label: str | None = field(default=None, metadata={"help": "column of classes, for the coherence of a joint model"})
     mixed_precision: str = "no"
     seed: int = 0
     output: str | None = field(default=None, metadata={"help": "JSON file; evaluation-SPLIT.json in a local model folder by default"})
@@ -100,21 +102,19 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     began = time.perf_counter()
     options = {"num_samples": args.importance_samples, "seed": args.seed, "transform": transform}
     figures = evaluate_vae(accelerator, accelerator.prepare(model), loader, **options)
-    if joint and args.conditional_samples:
-        figures |= evaluate_conditional(accelerator, model, loader, num_samples=args.conditional_samples, seed=args.seed)
     if joint:
+        if args.conditional_samples:
+            figures |= evaluate_conditional(accelerator, model, loader, num_samples=args.conditional_samples, seed=args.seed)
         truths = {column.modality: list(data[column.name]) for column in columns if isinstance(column, TextColumn)}
-        options = {"num_generated": args.num_generated, "num_beams": args.num_beams, "seed": args.seed}
-        options |= {"judge": judge, "level": data.level} if judge else {}
-        figures |= evaluate_joint(accelerator, model, processor, rows, truths, **options)
+        options = {"num_generated": args.num_generated, "seed": args.seed}
+        judging = {"judge": judge, "level": data.level} if judge else {}
+        figures |= evaluate_joint(accelerator, model, processor, rows, truths, num_beams=args.num_beams, **judging, **options)
+        if args.label and args.num_generated:
+            figures |= labelled_coherence(accelerator, model, processor, rows, data, splits(args.dataset)["train"], args.label, **options)
     accelerator.free_memory()
-    record = {"model": shown(name), "dataset": shown(args.dataset), "split": args.split, "rows": loader.num_rows, "seed": args.seed}
-    return record | {"seconds": round(time.perf_counter() - began, 1), "metrics": figures}
-
-
-def shown(name: str) -> str:
-    """A Hub id, or of a path only the last part."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    names = {"model": without_place(name), "dataset": without_place(args.dataset), "split": args.split}
+    told = {"rows": loader.num_rows, "seed": args.seed, "seconds": round(time.perf_counter() - began, 1)}
+    return names | told | {"metrics": figures}
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -140,9 +140,8 @@ def main() -> None:
             print(f"{record['rows']} rows, {record['seconds']} s")
     if len(records) > 1 and accelerator.is_main_process:
         both = summary(records)
-        print(
-            table({"figure": list(both["metrics"]), "mean": list(both["metrics"].values()), "deviation": list(both["deviation"].values())})
-        )
+        values = {title: list(both[key].values()) for title, key in (("mean", "metrics"), ("deviation", "deviation"))}
+        print(table({"figure": list(both["metrics"])} | values))
         write(both, Path(args.output or f"evaluation-{args.split}.json"))
     accelerator.end_training()
 

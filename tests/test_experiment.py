@@ -200,7 +200,16 @@ def test_paths_of_this_machine_stay_out_of_the_record(monkeypatch, tmp_path):
     from mmvae.experiment import _without_place
 
     monkeypatch.chdir(tmp_path)
-    words = ["/data/jane/ptb", "--dataset=/data/jane/ptb", str(tmp_path / "out"), "user/name", "--seed=1", "a=b/c"]
-    assert [_without_place(word) for word in words] == ["ptb", "--dataset=ptb", str(tmp_path / "out"), "user/name", "--seed=1", "a=b/c"]
+    words = [
+        "/data/jane/ptb",
+        "--dataset=/data/jane/ptb",
+        str(tmp_path / "out"),
+        "user/name",
+        "--seed=1",
+        "a=b/c",
+        "words:/data/jane/mnist",
+    ]
+    told = [_without_place(word) for word in words]
+    assert told == ["ptb", "--dataset=ptb", str(tmp_path / "out"), "user/name", "--seed=1", "a=b/c", "words:mnist"]
     assert json.dumps(sys.argv)  # what is recorded are words
     assert Accelerator().is_main_process

@@ -3,6 +3,7 @@ r"""Any data set by one name: the built-in sprites, a local file or folder, or a
 | name                                     | data                                                                                    |
 |------------------------------------------|-----------------------------------------------------------------------------------------|
 | ``sprites``, ``sprites:3``               | built-in captioned sprites, of a level (see `mmvae.data.sprites`)                       |
+| ``words:NAME``                           | pictures of digits by any name of this table, with a column ``word`` (`mmvae.data.digits`) |
 | a folder                                 | pictures (`imagefolder` layout), or jsonl, csv, tsv, parquet or text files, one per split |
 | a file                                   | that file as the split "train"                                                          |
 | anything else                            | an id on the Hub                                                                        |
@@ -22,6 +23,7 @@ import datasets
 import torch
 from huggingface_hub.errors import HFValidationError
 
+from mmvae.data.digits import add_words
 from mmvae.data.sprites import sprites
 from mmvae.noise import fold
 
@@ -103,6 +105,8 @@ def _load(dataset: str, streaming: bool, options: dict[str, Any]) -> dict[str, A
         if not level.isdecimal():
             raise ValueError(f"{dataset} names the level {level!r}, expected sprites:1 to sprites:5")
         return {split: sprites(int(level), split, **{"num_rows": n, **options}) for split, n in _SPRITE_ROWS.items()}
+    if dataset.startswith("words:") and not Path(dataset).exists():
+        return {split: add_words(rows, split) for split, rows in _load(dataset.removeprefix("words:"), streaming, options).items()}
     path = Path(dataset).expanduser()
     if path.is_file():
         builder = _BUILDERS.get(path.suffix.lower())
