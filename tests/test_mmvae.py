@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from linear_gaussian import WIDTH, LinearGaussian, LinearGaussianConfig
 from test_models import IMAGE, TEXT, pictures, sentences
 from transformers import AutoConfig, AutoModel
@@ -414,3 +415,10 @@ def test_modalities_keep_their_order_when_saved(tmp_path):
     again = MMVAE.from_pretrained(tmp_path)
     assert again.modalities == model.modalities == ("words", "image")
     torch.testing.assert_close(again(**batch(), present=PRESENT).elbo, model(**batch(), present=PRESENT).elbo)
+
+
+def test_a_pose_is_no_modality_but_its_own():
+    child = ImageVAEConfig(image_size=16, latent_dim=6, pose="rotation+shift")
+    with pytest.raises(StrictDataclassError, match=r"latent_dim: received 6, expected at least the shared 3 and 4 that it keeps to itself"):
+        MMVAEConfig(modalities={"image": child}, latent_dim=3)
+    MMVAEConfig(modalities={"image": child}, latent_dim=2)

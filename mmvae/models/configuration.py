@@ -84,6 +84,7 @@ class VAEConfig(PreTrainedConfig):
     densities: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     latent_density: ClassVar[str] = "latent"  # what the density of p(z) is called
+    least_private_dim: ClassVar[int] = 0  # how many of the latent's last dimensions a joint model must leave to this modality
     # Allowed closed ranges and sets of values, by field; subclasses add theirs.
     ranges: ClassVar[dict[str, tuple[float, float]]] = {"latent_dim": (1, 65_536), "prior_components": (1, 10_000)}
     choices: ClassVar[dict[str, Sequence[Any]]] = {"prior": tuple(PRIORS)}
@@ -198,8 +199,9 @@ class MMVAEConfig(VAEConfig):
         """Check the fields; see :meth:`VAEConfig.validate_architecture`."""
         super().validate_architecture()
         for name, child in self.modalities.items():
-            if child.latent_dim < self.latent_dim:
+            if child.latent_dim < self.latent_dim + child.least_private_dim:
                 expected = f"expected at least the shared {self.latent_dim}"
+                expected += f" and {child.least_private_dim} that it keeps to itself" if child.least_private_dim else ""
                 raise ValueError(f"MMVAEConfig.modalities[{name!r}].latent_dim: received {child.latent_dim}, {expected}")
             for field_, none in (("prior", "standard_normal"), ("densities", {})):
                 if getattr(child, field_) != none:

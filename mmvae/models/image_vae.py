@@ -104,7 +104,7 @@ class ImageVAEConfig(VAEConfig):
         """``hidden_channels``, or the default for this size."""
         if self.hidden_channels is not None:
             return list(self.hidden_channels)
-        levels, side = 1, -(-max(self.height_width) // 2)
+        levels, side = 1, -(-max(self.trunk_size) // 2)
         while side > 7:
             levels, side = levels + 1, -(-side // 2)
         return [32, 64][-levels:] if levels < 3 else [*[16] * (levels - 3), 32, 64, 64]
@@ -118,6 +118,11 @@ class ImageVAEConfig(VAEConfig):
     def bottom_size(self) -> tuple[int, int]:
         """(h, w) at the bottom of the trunk."""
         return tuple(-(-side // self.stride) for side in self.trunk_size)
+
+    @property
+    def least_private_dim(self) -> int:
+        """The pose's dimensions: what another modality cannot know."""
+        return POSES[self.pose]
 
     @property
     def trunk_size(self) -> tuple[int, int]:
