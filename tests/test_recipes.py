@@ -169,6 +169,16 @@ def test_few_pictures_are_enough(tmp_path, validation):
     assert (tmp_path / "run" / "figures" / "interpolation.png").is_file()
 
 
+@pytest.mark.parametrize("train", [3, 24])
+def test_a_density_is_fitted_where_there_are_rows_enough(tmp_path, train):
+    pictures(tmp_path / "data", train=train, validation=1)
+    asked = ["--densities", '{"latent": {"kind": "mixture", "num_components": 2}}', "--pose", "rotation+shift", "--latent_dim", "6"]
+    run("image_vae", ["--dataset", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run"), *IMAGE, "--max_steps", "1", *asked])
+    config, record = (json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "metrics.json"))
+    assert list(config["densities"]) == ["latent"][: train > 20]
+    assert ("densities/latent/held_out_log_prob_nats" in record["metrics"]) == (train > 20)
+
+
 def test_trackers_get_figures_pictures_and_sentences(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
