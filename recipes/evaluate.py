@@ -2,7 +2,7 @@
 
     accelerate launch recipes/evaluate.py --model outputs/text_vae_ptb --dataset path/to/ptb --split test --importance_samples 500
     accelerate launch recipes/evaluate.py --model user/name --dataset sprites:3 --judge outputs/sprites_judge
-    accelerate launch recipes/evaluate.py --model outputs/joint_digits --dataset words:path/to/mnist --label label
+    accelerate launch recipes/evaluate.py --model outputs/digit_words --dataset words:path/to/mnist --label label
     accelerate launch recipes/evaluate.py --model outputs/seed0 outputs/seed1 outputs/seed2 --dataset path/to/multi30k
 
 A joint model is also asked to retrieve, translate and describe (mmvae/coherence.py), with --label also what is of the right class, by a

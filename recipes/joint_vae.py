@@ -1,7 +1,7 @@
 """Train a joint VAE over any set of modalities, any of which may be missing in any row.
 
     accelerate launch recipes/joint_vae.py                                                 # built-in captioned sprites, minutes
-    accelerate launch recipes/joint_vae.py --config recipes/configs/joint_emoji.yaml --dataset path/to/emoji
+    accelerate launch recipes/joint_vae.py --config recipes/configs/emoji.yaml --dataset path/to/emoji
     accelerate launch recipes/joint_vae.py --dataset path/to/multi30k --modalities en:text,de:text
 
 The options' defaults suit the built-in sprites: one object that is turned and shifted on a plain background, whose angle and place are
