@@ -99,11 +99,6 @@ class Pose(nn.Module):
         self.window = window if self.shifts else 1.0
 
     @property
-    def dim(self) -> int:
-        """Latent dimensions."""
-        return 4 if self.shifts else 2
-
-    @property
     def window_size(self) -> tuple[int, int]:
         """(h, w), even numbers of pixels."""
         return tuple(2 * max(1, round(side * self.window / 2)) for side in self.size)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmvae.data import sprites
-from mmvae.pose import Pose, centre_of, grid, sample
+from mmvae.pose import POSES, Pose, centre_of, grid, sample
 
 ANGLES = torch.linspace(-3, 3, 7)
 SHIFTS = torch.stack([torch.linspace(-0.6, 0.6, 7), torch.linspace(0.5, -0.3, 7)], 1)
@@ -24,7 +24,7 @@ def test_the_latent_of_a_pose_is_the_pose(kind):
     pose = Pose(kind, (8, 8))
     g = pose.latent(ANGLES, SHIFTS)
     angle, shift = pose.split(g)
-    assert g.shape == (7, pose.dim)
+    assert g.shape == (7, POSES[kind])
     torch.testing.assert_close(angle, ANGLES)
     torch.testing.assert_close(shift, SHIFTS if kind == "rotation+shift" else torch.zeros(7, 2))
 
