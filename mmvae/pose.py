@@ -1,9 +1,11 @@
 r"""A picture as content in a canonical pose that is turned and shifted over a plain background.
 
-The pose is part of the latent, and standard normal like the rest of it: two dimensions :math:`g` for the angle, whose prior is then uniform
-on the circle, without a break at :math:`\pm\pi`, and two for the shift, uniform over the picture,
+The pose is part of the latent, and standard normal like the rest of it: two dimensions for the shift, uniform over the picture, and two
+for the angle, whose prior is then uniform on the circle, without a break at :math:`\pm\pi`,
 
-.. math:: \theta = \mathrm{atan2}(g_2, g_1), \qquad t = 2\,\Phi(g_{3:4}) - 1.
+.. math:: t = 2\,\Phi(g_{1:2}) - 1, \qquad \theta = \mathrm{atan2}(g_4, g_3).
+
+The angle comes last because words seldom tell of it: a joint model may share the shift and leave the angle to the picture.
 
 The angle is inferred by matching: what the content looks like in the canonical pose is turned by many angles and laid over the picture.
 So there is nothing to learn about angles, and no local optimum in which a shape is drawn as the mean of its turns; the posterior's width is
@@ -106,13 +108,13 @@ class Pose(nn.Module):
     def split(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """Angle (B,) in (-pi, pi] and shift (B, 2) of the pose's latent (B, 2 or 4)."""
         g = g.float()
-        shift = torch.erf(g[:, 2:] / math.sqrt(2)) if self.shifts else torch.zeros_like(g)
-        return torch.atan2(g[:, 1], g[:, 0]), shift
+        shift = torch.erf(g[:, :2] / math.sqrt(2)) if self.shifts else torch.zeros_like(g)
+        return torch.atan2(g[:, -1], g[:, -2]), shift
 
     def latent(self, angle: Tensor, shift: Tensor) -> Tensor:
         """The latent (B, 2 or 4) of an angle (B,) and a shift (B, 2): the inverse of :meth:`split`."""
-        parts = [_RADIUS * angle.cos().unsqueeze(1), _RADIUS * angle.sin().unsqueeze(1)]
-        return torch.cat([*parts, math.sqrt(2) * torch.erfinv(shift.clamp(-_EDGE, _EDGE))] if self.shifts else parts, 1)
+        direction = _RADIUS * torch.stack([angle.cos(), angle.sin()], 1)
+        return torch.cat([math.sqrt(2) * torch.erfinv(shift.clamp(-_EDGE, _EDGE)), direction], 1) if self.shifts else direction
 
     def locate(self, pixels: Tensor) -> Tensor:
         """The shift (B, 2) of pictures (B, C, H, W); zero where the pose has none."""

@@ -417,8 +417,12 @@ def test_modalities_keep_their_order_when_saved(tmp_path):
     torch.testing.assert_close(again(**batch(), present=PRESENT).elbo, model(**batch(), present=PRESENT).elbo)
 
 
-def test_a_pose_is_no_modality_but_its_own():
+def test_a_place_may_be_shared_and_an_angle_not():
     child = ImageVAEConfig(image_size=16, latent_dim=6, pose="rotation+shift")
-    with pytest.raises(StrictDataclassError, match=r"latent_dim: received 6, expected at least the shared 3 and 4 that it keeps to itself"):
-        MMVAEConfig(modalities={"image": child}, latent_dim=3)
-    MMVAEConfig(modalities={"image": child}, latent_dim=2)
+    with pytest.raises(StrictDataclassError, match=r"latent_dim: received 6, expected at least the shared 5 and 2 that it keeps to itself"):
+        MMVAEConfig(modalities={"image": child}, latent_dim=5)
+    model = MMVAE(MMVAEConfig(modalities={"image": child}, latent_dim=4)).eval()
+    white = torch.zeros(2, 3, 16, 16)
+    white[0, :, 3:5, 9:11], white[1, :, 11:13, 5:7] = 1.0, 1.0
+    place = model.posterior(pixel_values=white).mixture.mean[:, 2:]  # 2 of content, 2 of place
+    torch.testing.assert_close(torch.erf(place / 2**0.5), torch.tensor([[0.25, -0.5], [-0.25, 0.5]]), atol=1e-3, rtol=0)

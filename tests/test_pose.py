@@ -27,6 +27,7 @@ def test_the_latent_of_a_pose_is_the_pose(kind):
     assert g.shape == (7, POSES[kind])
     torch.testing.assert_close(angle, ANGLES)
     torch.testing.assert_close(shift, SHIFTS if kind == "rotation+shift" else torch.zeros(7, 2))
+    torch.testing.assert_close(torch.atan2(g[:, -1], g[:, -2]), ANGLES)  # last, where a joint model's private dimensions are
 
 
 def test_the_prior_of_angle_and_shift_is_uniform():

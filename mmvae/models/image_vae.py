@@ -42,8 +42,9 @@ class ImageVAEConfig(VAEConfig):
         hidden_channels: channels of every level of the trunks, from the image down; each level halves the image. None: as many levels as
             bring a side to 7 pixels or fewer, the last 64 wide, those above 64, 32, then 16 (two levels: 32, 64); below 1 M parameters.
         num_blocks: residual blocks per level.
-        pose: "rotation" or "rotation+shift": the last 2 or 4 dimensions of the latent are the angle, and the place, of an object on a plain
-            background, which the trunks see and draw in a canonical pose; see :mod:`mmvae.pose`.
+        pose: "rotation" or "rotation+shift": the last two dimensions of the latent are the angle, the two before them the place, of an
+            object on a plain background, which the trunks see and draw in a canonical pose; see :mod:`mmvae.pose`. Where texts tell of
+            the place, a joint model shares it: then 2 dimensions are private, otherwise 4.
         pose_window: side of the square that the object fits into at every angle, in sides of the picture; with a shift.
         spatial_latent: a latent of ``latent_dim`` channels at the bottom's resolution instead of a vector, for large pictures.
         norm: "group", "batch" or "none"; "batch" not with a "vamp" prior, whose pseudo-inputs would move the statistics of the data.
@@ -121,8 +122,8 @@ class ImageVAEConfig(VAEConfig):
 
     @property
     def least_private_dim(self) -> int:
-        """The pose's dimensions: what another modality cannot know."""
-        return POSES[self.pose]
+        """The two dimensions of an angle: matching finds it in a picture, another modality's encoder cannot learn to agree with that."""
+        return min(POSES[self.pose], 2)
 
     @property
     def trunk_size(self) -> tuple[int, int]:
@@ -180,8 +181,7 @@ class ImageVAE(TiledModel):
             self.to_moments: nn.Module = nn.Conv2d(width, 2 * config.latent_dim, 3, padding=1)
             self.from_latent: nn.Module = nn.Conv2d(config.latent_dim, width, 3, padding=1)
         else:
-            shift = 2 if self.pose and self.pose.shifts else 0  # content may tell in words where something is
-            self.to_moments = nn.Linear(width * height * across + shift, self.content_dim + config.latent_dim)
+            self.to_moments = nn.Linear(width * height * across, self.content_dim + config.latent_dim)
             self.from_latent = nn.Linear(self.content_dim, width * height * across)
         self.behind = nn.Linear(self.content_dim, channels) if self.pose else None
         self.latent_prior = self.build_prior()
@@ -242,23 +242,21 @@ class ImageVAE(TiledModel):
         pixels = pixels.float()
         shift = self.pose.locate(pixels)
         # the content is inferred from the object turned anyhow, and so cannot know its angle
-        loc, logvar = self._moments(self.pose.cut(pixels, shift, arbitrary_angle(pixels)), shift if self.pose.shifts else None)
+        loc, logvar = self._moments(self.pose.cut(pixels, shift, arbitrary_angle(pixels)))
         with torch.no_grad():
             drawn = self.likelihood(lay(*self._canonical(loc))).mean
             angle = self.pose.match(self.pose.cut(pixels, shift, torch.zeros_like(shift[:, 0])), drawn.float())
         logvar = torch.cat([logvar[:, : self.content_dim], logvar[:, self.content_dim :] + _NARROW], 1)
         return DiagNormal(torch.cat([loc, self.pose.latent(angle, shift)], 1), logvar)
 
-    def _moments(self, pixels: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The content's mean and the latent's log-variance, from what the trunk sees."""
         x, stride = 2 * pixels.to(self.dtype) - 1, self.config.stride
         height, width = x.shape[-2:]
         if height % stride or width % stride:
             x = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
         h = self.encoder(x)
-        if not self.config.spatial_latent:
-            h = h.flatten(1) if shift is None else torch.cat([h.flatten(1), shift.to(h.dtype)], 1)
-        return self.to_moments(h).tensor_split([self.content_dim], 1)
+        return self.to_moments(h if self.config.spatial_latent else h.flatten(1)).tensor_split([self.content_dim], 1)
 
     def _canonical(self, content: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Object (B, C, h, w), logits of its mask (B, 1, h, w) and background (B, C) of contents (B, D)."""
