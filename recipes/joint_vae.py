@@ -4,8 +4,9 @@
     accelerate launch recipes/joint_vae.py --config recipes/configs/emoji.yaml --dataset path/to/emoji
     accelerate launch recipes/joint_vae.py --dataset path/to/multi30k --modalities en:text,de:text
 
-The options' defaults suit the built-in sprites: one object that is turned and shifted on a plain background, whose angle and place are
-latents of the picture's own. Start the same command again after a stop and it goes on where it was. Results: see README.md.
+The options' defaults suit the built-in sprites: one object that is turned and shifted on a plain background. Its place is a part of the
+shared latent, since captions may tell it, its angle is the picture's own. Start the same command again after a stop and it goes on where
+it was. Results: see README.md.
 """
 
 import json
@@ -43,10 +44,10 @@ class JointArguments:
         default=json.dumps({"image": IMAGE, "text": TEXT}),
         metadata={"help": "configuration of each modality, by its name or kind, as all that follows by name"},
     )
-    private_dims: str = field(default='{"image": 4}', metadata={"help": "size of the latents that a modality keeps to itself, by its name"})
+    private_dims: str = field(default='{"image": 2}', metadata={"help": "size of the latents that a modality keeps to itself, by its name"})
     tokenizer: str = field(default="whitespace", metadata={"help": "whitespace, bpe, or the id or path of a pretrained one"})
     vocab_size: int = field(default=10_000, metadata={"help": "most tokens of a trained tokenizer, special ones included"})
-    latent_dim: int = field(default=10, metadata={"help": "of the latent that all modalities share"})
+    latent_dim: int = field(default=12, metadata={"help": "of the latent that all modalities share"})
     aggregation: str = "poe"
     aggregation_options: str = "{}"
     inference_aggregation: str | None = field(default=None, metadata={"help": "in evaluation; the same by default"})
@@ -78,6 +79,7 @@ class JointRun(RunArguments):
     num_epochs: int | None = 8
     importance_samples: int = 10
     learning_rate: float = 2e-3
+    adam_beta2: float = 0.95  # a picture's first gradients are a thousand times its last, and 0.999 holds a text's steps down for ever
     lr_schedule: str = "cosine_with_min_lr"
     lr_options: str = '{"min_lr_rate": 0.02}'
     max_grad_norm: float | None = None
