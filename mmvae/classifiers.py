@@ -136,12 +136,13 @@ def labelled_coherence(
         processor: the model's.
         data: what ``rows`` are of.
         known: the training rows; every rank learns the same from them.
-        label: the column of classes, of both.
+        label: the column of classes, of both; a class that no training row has is never told.
 
     Returns:
         The figures of :func:`mmvae.coherence.class_coherence`; ``<modality>/classifier_accuracy``, of pictures among the real ``rows``.
     """
     classes = find_classes(known, label)
+    classes += tuple(name for name in find_classes(data, label) if name not in classes)
     told = LabelColumn(label, classes)
     labels, known_labels = ([int(number) for number in told.prepare(list(part[label]))] for part in (data, known))
     classifiers: dict[str, Callable[[Any], Tensor]] = {}

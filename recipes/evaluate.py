@@ -5,8 +5,9 @@
     accelerate launch recipes/evaluate.py --model outputs/digit_words --dataset words:path/to/mnist --label label
     accelerate launch recipes/evaluate.py --model outputs/seed0 outputs/seed1 outputs/seed2 --dataset path/to/multi30k
 
-A joint model is also asked to retrieve, translate and describe (mmvae/coherence.py), with --label also what is of the right class, by a
-classifier trained first. Of several models there are means and deviations too: --output is their JSON, and each folder gets its own.
+A joint model is also asked to retrieve, translate and describe (mmvae/coherence.py), beside what the nearest training text would say; with
+--label also what is of the right class, by a classifier trained first, and what a linear one reads in the latent (mmvae/baselines.py).
+Of several models there are means and deviations too: --output is their JSON, and each folder gets its own.
 Results are independent of batch size and number of processes; the noise of a row is keyed by (seed, row).
 """
 
@@ -21,7 +22,7 @@ from accelerate import Accelerator
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
 from mmvae import MMVAE
-from mmvae.classifiers import labelled_coherence
+from mmvae.baselines import evaluate_by_training_rows
 from mmvae.coherence import evaluate_joint
 from mmvae.data import Column, ImageColumn, Loader, Rows, TextColumn, as_modalities, find_column, load_rows, splits
 from mmvae.evaluation import binarization, evaluate_conditional, evaluate_vae
@@ -50,7 +51,7 @@ class EvaluationArguments:
     num_generated: int = field(default=1000, metadata={"help": "first rows of which a joint model generates; 0 leaves that out"})
     num_beams: int = field(default=1, metadata={"help": "of the texts that are generated"})
     judge: str | None = field(default=None, metadata={"help": "folder of a judge of sprites, of recipes/sprites_judge.py"})
-    label: str | None = field(default=None, metadata={"help": "column of classes, for the coherence of a joint model"})
+    label: str | None = field(default=None, metadata={"help": "column of classes, for the coherence of a joint model and a probe"})
     mixed_precision: str = "no"
     seed: int = 0
     output: str | None = field(default=None, metadata={"help": "JSON file; evaluation-SPLIT.json in a local model folder by default"})
@@ -92,6 +93,8 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     data = splits(args.dataset)["validation"] if args.split == "validation" else load_rows(args.dataset, args.split)
     data = data if args.max_rows is None else data.select(range(min(args.max_rows, len(data))))
     joint, transform = isinstance(model, MMVAE), None
+    if args.label:
+        find_column(data, "label", args.label)  # it has to exist
     if joint:
         columns = as_modalities(joint_columns(model, processor, data, args))
     else:
@@ -109,8 +112,8 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
         options = {"num_generated": args.num_generated, "seed": args.seed}
         judging = {"judge": judge, "level": data.level} if judge else {}
         figures |= evaluate_joint(accelerator, model, processor, rows, truths, num_beams=args.num_beams, **judging, **options)
-        if args.label and args.num_generated:
-            figures |= labelled_coherence(accelerator, model, processor, rows, data, splits(args.dataset)["train"], args.label, **options)
+        options |= {"training_rows": lambda: splits(args.dataset)["train"], "label": args.label}
+        figures |= evaluate_by_training_rows(accelerator, model, processor, rows, data, **options)
     accelerator.free_memory()
     names = {"model": without_place(name), "dataset": without_place(args.dataset), "split": args.split}
     told = {"rows": loader.num_rows, "seed": args.seed, "seconds": round(time.perf_counter() - began, 1)}

@@ -96,6 +96,7 @@ def test_evaluate_gives_the_figures_of_the_run_and_those_of_a_joint_model(finish
         (["--modalities", "en:text"], r"modalities: received \['en'\], expected the model's, \['en', 'de'\]"),
         (["--modalities", "en:text,de:sound"], "modalities: received 'de:sound'"),
         (["--modalities", "en:text,de:text:french"], "no column 'french', expected one of: de"),
+        (["--label", "group"], "no column 'group', expected one of: de"),
         (["--judge", "nowhere"], "judge: received 'nowhere' with dataset .*, expected sprites:LEVEL"),
     ],
 )

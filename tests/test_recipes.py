@@ -8,15 +8,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from recipe_runs import IMAGE, IMAGE_ALL, TEXT, TEXT_ALL, end, pictures, recipe, run, sentences
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-import mmvae  # noqa: F401  registers the classes
+import mmvae
+from mmvae.processing import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = Path(__file__).with_name("recipe_runs.py")
@@ -291,6 +294,33 @@ PLAIN = {
 }
 
 
+def joint_evaluation(root: Path) -> list[str]:
+    """Options that evaluate an untrained joint model on rows of a picture, two languages and a class, any of which may lack."""
+    colours = {"red": "rot", "green": "grün", "blue": "blau", "pink": "rosa"}
+    for split, size in (("train", 30), ("test", 104)):  # two chunks of 100, one for each rank
+        which = ["pink" if i == 90 else list(colours)[i * i % 7 % 4] for i in range(size)]  # no training row is pink
+        columns = {
+            "image": [None if i % 5 == 1 else Image.new("RGB", (8, 8), colour) for i, colour in enumerate(which)],
+            "en": [None if i % 7 == 2 else f"a {colour} square" for i, colour in enumerate(which)],
+            "de": [None if i % 6 == 3 else f"ein Quadrat in {colours[colour]}" for i, colour in enumerate(which)],
+            "colour": [None if i == 4 else colour for i, colour in enumerate(which)],
+        }
+        texts = dict.fromkeys(("en", "de", "colour"), datasets.Value("string"))
+        rows = datasets.Dataset.from_dict(columns, datasets.Features(image=datasets.Image(), **texts))
+        (root / "rows").mkdir(exist_ok=True, parents=True)
+        rows.to_parquet(root / "rows" / f"{split}.parquet")
+    tokenizer = train_tokenizer([*columns["en"][3:9], *columns["de"][4:9]])
+    torch.manual_seed(0)
+    text = {"vocab_size": len(tokenizer), "embedding_size": 8, "hidden_size": 8, "latent_dim": 2}
+    image = mmvae.ImageVAEConfig(image_size=8, hidden_channels=[4, 4], norm="none", latent_dim=2)
+    vaes = {"image": image, "en": mmvae.TextVAEConfig(**text), "de": mmvae.TextVAEConfig(**text)}
+    mmvae.MMVAE(mmvae.MMVAEConfig(modalities=vaes)).save_pretrained(root / "model")
+    pictures = mmvae.ImageVAEImageProcessor(size={"height": 8, "width": 8})
+    mmvae.MMVAEProcessor({"image": pictures, "en": tokenizer, "de": tokenizer}).save_pretrained(root / "model")
+    options = ["--model", root / "model", "--dataset", root / "rows", "--label", "colour", "--importance_samples", "2"]
+    return [*map(str, options), "--conditional_samples", "2", "--num_generated", "102", "--batch_size", "30"]
+
+
 @pytest.fixture(scope="module")
 def ranks(finished, data, tmp_path_factory):
     """Many runs on two gloo ranks, in one launch."""
@@ -305,6 +335,7 @@ def ranks(finished, data, tmp_path_factory):
     for name, split in (("text_vae", "test"), ("image_vae", "validation")):
         argv = ["--model", str(finished / name), "--dataset", data[name], "--split", split, "--importance_samples", "3"]
         runs[f"evaluate {name}"] = {"name": "evaluate", "argv": [*argv, "--output", str(root / f"{name}.json")]}
+    runs["evaluate joint"] = {"name": "evaluate", "argv": [*joint_evaluation(root / "joint"), "--output", str(root / "joint.json")]}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(SCRIPT), "ranks"]
     command.append(json.dumps({"report": str(root), "runs": list(runs.values())}))
     process = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
@@ -349,6 +380,14 @@ def test_ranks_stop_together_and_end_with_the_same_bits(ranks, name):
 def test_figures_do_not_depend_on_the_number_of_ranks(ranks, finished, name):
     again = json.loads((ranks[0] / f"{name}.json").read_text())["metrics"]
     assert again == pytest.approx(json.loads((finished / name / "metrics.json").read_text())["metrics"], rel=1e-5, abs=1e-5)
+
+
+def test_figures_of_a_joint_model_do_not_depend_on_the_number_of_ranks_or_the_batch_size(ranks, tmp_path):
+    run("evaluate", [*joint_evaluation(tmp_path), "--batch_size", "7", "--output", str(tmp_path / "one.json")])
+    one, two = (json.loads(path.read_text())["metrics"] for path in (tmp_path / "one.json", ranks[0] / "joint.json"))
+    ways = {"image_to_en/recall_at_1", "all_to_de/bleu", "en_to_de/tfidf_bleu", "de_to_en/tfidf_chrf", "joint/coherence"}
+    assert ways | {"probe/all", "probe/image", "probe/majority", "conditional_nll_nats_en", "image/classifier_accuracy"} <= one.keys()
+    assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
 
 
 # ---- launch configurations

@@ -1,0 +1,223 @@
+"""What training rows tell beside the figures of a joint model: what the nearest text says, what a linear classifier reads in the latent.
+
+    probe:     argmax softmax(W E[z|x] + b), fitted to the posterior means of the training rows
+    retrieval: the other half of the training row whose text has the largest cosine of TF-IDF vectors
+
+Figures are called ``probe/<modality>``, ``probe/all`` and ``<from>_to_<to>/tfidf_<score>``. Every rank fits the same to the same rows, so
+they depend neither on batch size nor on the number of ranks.
+Shapes: ``N`` rows, ``D`` shared latent.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from mmvae.classifiers import labelled_coherence
+from mmvae.data import Loader, Rows, TextColumn
+from mmvae.evaluation import model_inputs
+from mmvae.joint_processing import MMVAEProcessor
+from mmvae.loop import to_device
+from mmvae.metrics import text_scores
+from mmvae.models.mmvae import MMVAE
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 100  # rows that are encoded at once, whatever the batch size
+_MOST_SCORES = 1 << 23  # cosines held at once
+
+
+# ---- the latent
+
+
+@torch.no_grad()
+def posterior_means(accelerator: Accelerator, model: MMVAE, rows: Rows) -> dict[str, tuple[Tensor, Tensor]]:
+    """E[z|x] of the shared latent, where all modalities that a row has are visible, and where one of them is.
+
+    Arguments:
+        accelerator: its ranks share the rows, and all get the means.
+        model: in evaluation mode, not wrapped.
+        rows: with the columns of all modalities.
+
+    Returns:
+        For "all" and by modality, the numbers (N,) int64 of the rows that have it, ascending, and the means (N, D) float32.
+    """
+    chosen = torch.eye(len(model.modalities), dtype=torch.bool, device=accelerator.device)
+    subsets = {"all": torch.ones_like(chosen[0])} | dict(zip(model.modalities, chosen, strict=True))
+    parts = []
+    for n, batch in enumerate(Loader(rows, _CHUNK, shuffle=False, pool=0).batches(0)):
+        if n % accelerator.num_processes == accelerator.process_index:
+            inputs, means = to_device(accelerator.device, model_inputs(model, batch)), {}
+            for name, subset in subsets.items():
+                visible = inputs["present"] & subset
+                mean = model.posterior(**inputs | {"present": visible, "visible": visible}).mixture.mean.float().cpu()
+                keep = visible.any(1).cpu()
+                means[name] = batch["row"][keep], mean[keep]
+            parts.append((n, means))
+    parts = [means for _, means in sorted(gather_object(parts), key=lambda part: part[0])]
+    return {name: tuple(torch.cat(x) for x in zip(*(means[name] for means in parts), strict=True)) for name in subsets}
+
+
+def linear_probe(
+    accelerator: Accelerator, model: MMVAE, rows: Rows, labels: Sequence[Any], known: Rows, known_labels: Sequence[Any]
+) -> dict[str, float]:
+    """How often a linear classifier tells the class of a row from its posterior's mean.
+
+    Arguments:
+        accelerator, model, rows: as for :func:`posterior_means`.
+        labels: the class of every row of the data set, by its number.
+        known, known_labels: of the training rows.
+
+    Returns:
+        ``probe/all`` and ``probe/<modality>``, accuracies in [0, 1] among the rows that have the modality, where training rows have it too;
+        a class that no training row has is never told. ``probe/majority``: the share of the most frequent training class.
+    """
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(known_labels))}
+    truths, known_truths = (torch.tensor([numbers.get(label, -1) for label in each]) for each in (labels, known_labels))
+    figures, learned = {}, posterior_means(accelerator, model, known)
+    for name, (row, mean) in posterior_means(accelerator, model, rows).items():
+        known_row, known_mean = learned[name]
+        if len(row) and len(known_row):
+            told = _fitted(known_mean, known_truths[known_row])(mean)
+            figures[f"probe/{name}"] = (told == truths[row]).double().mean().item()
+    most = known_truths[known.numbers].bincount().argmax()
+    return figures | {"probe/majority": (truths[rows.numbers] == most).double().mean().item()}
+
+
+def _fitted(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """Multinomial logistic regression on standardised features; of one class there is nothing to learn."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if (y == y[0]).all():
+        return lambda x: y[0].expand(len(x))
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x.double().numpy(), y.numpy())
+    return lambda x: torch.from_numpy(classifier.predict(x.double().numpy()))
+
+
+# ---- texts
+
+
+def nearest_texts(texts: Sequence[str], candidates: Sequence[str]) -> np.ndarray:
+    """For each text the number of the candidate with the largest cosine of TF-IDF vectors, the first of equal ones.
+
+    The vectors are scikit-learn's, of words and signs in lower case, with logarithmic counts and weights learned from the candidates.
+
+    Arguments:
+        texts: N of them; one without a word of the candidates gets the first.
+        candidates: at least one that is not blank.
+
+    Returns:
+        (N,) int64.
+
+    Example:
+        >>> nearest_texts(["A red house.", "two dogs"], ["a dog", "a house , red", "Two dogs run", "two dogs run"]).tolist()
+        [1, 2]
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+|[^\w\s]")  # the default leaves one-letter words out
+    columns = vectorizer.fit_transform(candidates).T.tocsr()
+    rows = vectorizer.transform(texts)
+    size = max(1, _MOST_SCORES // len(candidates))
+    return np.concatenate([(rows[n : n + size] @ columns).toarray().argmax(1) for n in range(0, len(texts), size)])
+
+
+def text_retrieval(rows: Rows, data: Any, known: Any, *, num_rows: int | None = None) -> dict[str, float]:
+    """Texts answered by the other half of the nearest training text, scored as :func:`mmvae.coherence.text_coherence` scores a model's.
+
+    Arguments:
+        rows: with the columns of all modalities.
+        data: what ``rows`` are of.
+        known: training rows, with the same columns.
+        num_rows: only the first rows; all when None.
+
+    Returns:
+        For every two texts, both ways, ``<from>_to_<to>/tfidf_bleu``, ``/tfidf_chrf`` and ``/tfidf_exact_match`` of the rows with both.
+    """
+    figures, columns = {}, [column for column in rows.columns if isinstance(column, TextColumn)]
+    chosen = data.select(rows.numbers[:num_rows].tolist())
+    for source, target in permutations(columns, 2):
+        (asked, truths), (sources, answers) = (_pairs(part, source.name, target.name) for part in (chosen, known))
+        if asked and sources:
+            found = [answers[i] for i in nearest_texts(asked, sources)]
+            scores = text_scores(found, truths)
+            figures |= {f"{source.modality}_to_{target.modality}/tfidf_{name}": value for name, value in scores.items()}
+    return figures
+
+
+def _pairs(data: Any, first: str, second: str) -> tuple[list[str], list[str]]:
+    """Two columns of the rows that have both."""
+    both = [(a, b) for a, b in zip(data[first][:], data[second][:], strict=True) if a is not None and b is not None]
+    return [a for a, _ in both], [b for _, b in both]
+
+
+# ---- all of them
+
+
+def evaluate_by_training_rows(
+    accelerator: Accelerator,
+    model: MMVAE,
+    processor: MMVAEProcessor,
+    rows: Rows,
+    data: Any,
+    training_rows: Callable[[], Any],
+    label: str | None = None,
+    *,
+    num_generated: int = 1000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """All figures for which training rows are read: of texts made from texts what retrieval gets, of labelled data the probe and coherence.
+
+    Arguments:
+        accelerator, model, rows, num_generated, seed: as for :func:`mmvae.coherence.class_coherence`; with ``num_generated`` 0 there is the
+            probe alone.
+        processor: the model's.
+        data: what ``rows`` are of.
+        training_rows: gives them, and is only called where they are needed.
+        label: column of names or whole numbers, of both; rows that lack it are left out. None: there are no classes.
+
+    Returns:
+        Figures of :func:`text_retrieval`, :func:`linear_probe` and :func:`mmvae.classifiers.labelled_coherence`.
+
+    Raises:
+        ValueError: for a label of another kind, and what ``training_rows`` raises; without ``label`` that is a warning, and nothing is
+            compared.
+    """
+    several_texts = num_generated and sum(isinstance(column, TextColumn) for column in rows.columns) > 1
+    if not label and not several_texts:
+        return {}
+    try:
+        known = training_rows()
+    except ValueError as error:
+        if label:
+            raise
+        logger.warning("no TF-IDF figures: %s", error)
+        return {}
+    figures = text_retrieval(rows, data, known, num_rows=num_generated) if several_texts else {}
+    if not label:
+        return figures
+    known, labelled = _with_label(known, label), _with_label(data, label)
+    rows = rows if labelled is data else Rows(labelled, rows.columns, name=rows.name, on_empty="skip")
+    known_rows = Rows(known, rows.columns, name=f"{rows.name}, training rows", on_empty="skip")
+    figures |= linear_probe(accelerator, model, rows, labelled[label][:], known_rows, known[label][:])
+    if num_generated:
+        options = {"num_generated": num_generated, "seed": seed}
+        figures |= labelled_coherence(accelerator, model, processor, rows, labelled, known, label, **options)
+    return figures
+
+
+def _with_label(data: Any, label: str) -> Any:
+    """The rows that have a label: the same object where none lacks it."""
+    values = data[label][:]
+    for number, value in enumerate(values):
+        if value is not None and type(value) not in (str, int):
+            raise ValueError(f"row {number}, field {label!r}: received {value!r}, expected a name or a whole number")
+    return data.select([i for i, value in enumerate(values) if value is not None]) if None in values else data
