@@ -32,7 +32,7 @@ BY_NAME = ("vaes", "private_dims", "likelihood_weights", "modality_dropout", "dr
 NOT_THE_MODELS = ("modalities", "kinds", "vaes", "private_dims", "tokenizer", "vocab_size", "densities", "drop_modality", "complete_only")
 IMAGE = {"hidden_channels": [32, 64, 64], "likelihood": "gaussian", "scale_mode": "optimal", "pose": "rotation+shift"}
 TEXT = {"hidden_size": 96, "embedding_size": 32}
-FLOWS = {"shared": {"kind": "mixture", "num_components": 30}, "private": {"kind": "flow"}, "shared_given": {"kind": "flow"}}
+FLOWS = {"shared": {"kind": "mixture", "num_components": 100}, "private": {"kind": "flow"}, "shared_given": {"kind": "flow"}}
 
 
 @dataclass
