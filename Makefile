@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 	--num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 FLOW := {"kind": "flow", "training": {"steps": 400}}
 DEMO := recipes/joint_vae.py --output_dir $(OUT) --num_epochs 5 --importance_samples 0 \
-	--densities '{"shared": {"kind": "mixture", "num_components": 20}, "private": $(FLOW), "shared_given": $(FLOW)}'
+	--densities '{"shared": {"kind": "mixture", "num_components": 60}, "private": $(FLOW), "shared_given_text": $(FLOW)}'
 
 .PHONY: demo test lint format clean
 .DELETE_ON_ERROR:

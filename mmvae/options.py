@@ -24,7 +24,7 @@ LR_SCHEDULES = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau",
 class RunArguments:
     """Options of every recipe. Options that take options are JSON on the command line and mappings in a config file."""
 
-    dataset: str = field(default="sprites:5", metadata={"help": "Hub id, local folder or file, or sprites:LEVEL (built in)"})
+    dataset: str = field(default="sprites:5", metadata={"help": "Hub id, local folder or file, or sprites:LEVEL[:ROWS] (built in)"})
     output_dir: str = field(default="outputs/run", metadata={"help": "the model folder; checkpoints/ lies inside"})
     streaming: bool = field(default=False, metadata={"help": "read rows as they are needed: sets larger than memory or disk"})
     max_length: int = field(default=512, metadata={"help": "most tokens in a row, BOS and EOS included"})

@@ -38,7 +38,7 @@ class EvaluationArguments:
     """Options of an evaluation."""
 
     model: list[str] = field(default_factory=lambda: ["outputs/text_vae"], metadata={"help": "model folder or Hub id, or several"})
-    dataset: str = field(default="sprites:5", metadata={"help": "Hub id, local folder or file, or sprites:LEVEL (built in)"})
+    dataset: str = field(default="sprites:5", metadata={"help": "Hub id, local folder or file, or sprites:LEVEL[:ROWS] (built in)"})
     split: str = "test"
     column: str | None = field(default=None, metadata={"help": "column of the text or pictures; guessed when there is only one"})
     modalities: str | None = field(default=None, metadata={"help": "of a joint model, name:kind[:column], separated by commas; guessed"})

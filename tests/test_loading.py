@@ -209,8 +209,11 @@ def test_sprites_by_name():
         "test": 1_000,
     }
     assert find_column(rows, "text") == "caption" and find_column(rows, "image") == "image"
-    for bad in ("sprites:9", "sprites:x"):
-        with pytest.raises(ValueError, match="level"):
+    few = splits("sprites:5:30")
+    assert {split: len(part) for split, part in few.items()} == {"train": 30, "validation": 1_000, "test": 1_000}
+    assert few["train"][29]["caption"] == load_rows("sprites:5")[29]["caption"]  # the first rows are the same
+    for bad in ("sprites:9", "sprites:x", "sprites:3:x", "sprites:3:0", "sprites:3:30:1"):
+        with pytest.raises(ValueError, match="level|num_rows"):
             load_rows(bad)
 
 

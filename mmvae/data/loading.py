@@ -3,6 +3,7 @@ r"""Any data set by one name: the built-in sprites, a local file or folder, or a
 | name                                     | data                                                                                    |
 |------------------------------------------|-----------------------------------------------------------------------------------------|
 | ``sprites``, ``sprites:3``               | built-in captioned sprites, of a level (see `mmvae.data.sprites`)                       |
+| ``sprites:3:2000``                       | the same with so many training rows; 10,000 otherwise                                   |
 | ``words:NAME``                           | pictures of digits by any name of this table, with a column ``word`` (`mmvae.data.digits`) |
 | a folder                                 | pictures (`imagefolder` layout), or jsonl, csv, tsv, parquet or text files, one per split |
 | a file                                   | that file as the split "train"                                                          |
@@ -101,10 +102,12 @@ def splits(dataset: str, *, streaming: bool = False, **options: Any) -> dict[str
 
 def _load(dataset: str, streaming: bool, options: dict[str, Any]) -> dict[str, Any]:
     if dataset.split(":")[0] == "sprites" and not Path(dataset).exists():
-        level = dataset.partition(":")[2] or str(options.pop("level", 3))
-        if not level.isdecimal():
-            raise ValueError(f"{dataset} names the level {level!r}, expected sprites:1 to sprites:5")
-        return {split: sprites(int(level), split, **{"num_rows": n, **options}) for split, n in _SPRITE_ROWS.items()}
+        level, rows = [*dataset.split(":"), "", ""][1:3]
+        level, rows = level or str(options.pop("level", 3)), rows or str(_SPRITE_ROWS["train"])
+        if not level.isdecimal() or not rows.isdecimal() or dataset.count(":") > 2:
+            raise ValueError(f"{dataset} names the level {level!r} and {rows!r} rows, expected sprites:1 to sprites:5, or sprites:5:ROWS")
+        sizes = _SPRITE_ROWS | {"train": int(rows)}
+        return {split: sprites(int(level), split, **{"num_rows": n, **options}) for split, n in sizes.items()}
     if dataset.startswith("words:") and not Path(dataset).exists():
         return {split: add_words(rows, split) for split, rows in _load(dataset.removeprefix("words:"), streaming, options).items()}
     path = Path(dataset).expanduser()
