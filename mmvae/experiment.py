@@ -149,7 +149,9 @@ def train(
     transform: Transform | None = None,
     show: Callable[[PreTrainedModel, int], Mapping[str, Tensor | str]] | None = None,
 ) -> Result:
-    """Train a VAE with fused AdamW; afterwards ``model`` holds the weights of the best validation -ELBO at weight 1.
+    """Train a VAE with fused AdamW; afterwards ``model`` holds the weights of the best validation.
+
+    The best has the least ``args.monitor``: by default -ELBO at weight 1, whatever weights the objective trains with.
 
     Arguments:
         accelerator: of :func:`start`.
@@ -200,8 +202,8 @@ def train(
     model.train()
     result = fit(
         accelerator, step, loaders["train"], state=state, folder=Path(args.output_dir) / "checkpoints", max_steps=steps,
-        evaluate=validate, eval_every=args.eval_every, monitor="neg_elbo_nats", patience=args.patience, log_every=args.log_every,
-        save_every=args.save_every, keep=args.keep, resume=args.resume, seed=args.seed,
+        evaluate=validate, eval_every=args.eval_every, monitor=None if args.monitor == "last" else args.monitor,
+        patience=args.patience, log_every=args.log_every, save_every=args.save_every, keep=args.keep, resume=args.resume, seed=args.seed,
         info={"config": json.loads(model.config.to_json_string()), "options": options},
     )  # fmt: skip
     load_weights(prepared, result.checkpoint)
@@ -258,7 +260,7 @@ def finish(
         sentences = draw(model, folder / "figures") if draw else {}
         told = {name: value for name, value in asdict(args).items() if not name.startswith("hub_") and name not in _PLACES}
         told |= {"mixed_precision": accelerator.mixed_precision}  # what "auto" became
-        options = {"best_step": result.best_step, "parameters": model.num_parameters()} | told
+        options = {"best_step": result.best_step or result.step, "parameters": model.num_parameters()} | told
         record = {"seconds": result.seconds, "dataset": args.dataset, "split": split, "hyperparameters": options}
         write_metrics(folder, figures, **record, argv=[_without_place(word) for word in sys.argv])
         write_card(folder, repo_id=args.hub_model_id, sentences=sentences)

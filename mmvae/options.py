@@ -51,6 +51,7 @@ class RunArguments:
     objective_options: str = field(default="{}", metadata={"help": 'for example {"free_bits": 0.1}'})
     num_samples: int = field(default=1, metadata={"help": "posterior samples per row in training"})
     eval_every: int | None = field(default=None, metadata={"help": "steps between validations; by default an epoch"})
+    monitor: str = field(default="neg_elbo_nats", metadata={"help": "validation figure whose least value decides what is kept; or last"})
     patience: int | None = field(default=None, metadata={"help": "validations without improvement after which training stops"})
     importance_samples: int = field(default=100, metadata={"help": "per row, for the final log-likelihood; 0 leaves it out"})
     log_every: int = 50
@@ -77,6 +78,10 @@ class RunArguments:
         SCHEDULES[self.kl_schedule](**self.kl_options)  # checks the values
         if self.num_epochs is None and self.max_steps is None:
             raise ValueError("num_epochs and max_steps: received neither, expected one of them")
+        if self.monitor not in _MONITORS:
+            raise ValueError(f"monitor: received {self.monitor!r}, expected one of {', '.join(_MONITORS)}")
+        if self.monitor == "last" and self.patience is not None:
+            raise ValueError(f"patience: received {self.patience} with monitor 'last', expected a figure to watch, or None")
         for name in _COUNTS:
             value, least = getattr(self, name), 0 if name == "importance_samples" else 1
             if value is not None and value < least:
@@ -164,6 +169,7 @@ def by_name(option: str, value: str | Mapping[str, Any], kinds: Mapping[str, str
     return {name: given[name if name in given else kind] for name, kind in kinds.items() if name in given or kind in given}
 
 
+_MONITORS = ("neg_elbo_nats", "reconstruction_nats", "kl_nats", "last")
 _COUNTS = (
     "max_steps", "num_epochs", "batch_size", "accumulation", "log_every", "save_every", "keep", "num_samples", "eval_every",
     "importance_samples",

@@ -148,6 +148,26 @@ def test_what_is_shown_are_the_weights_that_are_kept(tmp_path):
     assert result.best_step in (3, 6)
 
 
+def test_the_monitored_figure_decides_what_is_kept(tmp_path):
+    kept, figures = {}, {}
+    for monitor in ("kl_nats", "reconstruction_nats", "last"):
+        result = train(*make(tmp_path / monitor, num_epochs=4, learning_rate=0.05, monitor=monitor))
+        lines = [line for line in result.history if f"eval/{monitor}" in line or "eval/kl_nats" in line]
+        kept[monitor], figures[monitor] = result.checkpoint.name, {line["step"]: line for line in lines}
+    for monitor in ("kl_nats", "reconstruction_nats"):
+        best = min(figures[monitor], key=lambda step: figures[monitor][step][f"eval/{monitor}"])
+        assert kept[monitor] == f"step-{best:08}"
+    assert kept["last"] == "step-00000012" != kept["kl_nats"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"monitor": "loss"}, "monitor: received 'loss'"), ({"monitor": "last", "patience": 2}, "patience")]
+)
+def test_what_cannot_be_monitored_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RunArguments(num_epochs=1, **options)
+
+
 def test_how_a_run_goes_may_change_and_what_it_computes_may_not(tmp_path):
     train(*make(tmp_path, num_epochs=1))
     with pytest.raises(CheckpointError, match=r"options.learning_rate: 0.001 -> 0.1"):
