@@ -26,13 +26,12 @@ from mmvae.joint_processing import MMVAEProcessor
 from mmvae.judge import Judge, strict_captions
 from mmvae.loop import to_device
 from mmvae.metrics import recall_at, text_scores
-from mmvae.models.joint_generation import overlap
+from mmvae.models.joint_generation import crowding, overlap, parts_of
 from mmvae.models.mmvae import MMVAE
 from mmvae.noise import fold
 
 _CHUNK = 100
 _CROSS, _JOINT = 0x63726F73, 0x6A6F696E  # keep the latents of each apart
-_MOST_SCORES = 1 << 24  # numbers held at once while candidates are compared
 
 
 @contextlib.contextmanager
@@ -139,8 +138,9 @@ def retrieval(
         ks: k of recall@k.
 
     Returns:
-        Both ways ``<from>_to_<to>/recall_at_<k>`` and ``chance_at_<k>`` = min(1, k / N), in [0, 1], and ``candidates``, N; {} where no
-        row has both. Equal scores share their places, see :func:`mmvae.metrics.recall_at`.
+        Both ways ``<from>_to_<to>/recall_at_<k>``, ``balanced_recall_at_<k>``, which subtracts what a candidate overlaps with all queries,
+        ``chance_at_<k>`` = min(1, k / N), in [0, 1], and ``candidates``, N; {} where no row has both. Equal scores share their places,
+        see :func:`mmvae.metrics.recall_at`.
     """
     parts = []
     for n, _, inputs in _chunks(accelerator, model, rows):
@@ -157,20 +157,23 @@ def retrieval(
     a, b = DiagNormal(a_mean, a_logvar), DiagNormal(b_mean, b_logvar)
     figures = {}
     for name, queries, candidates in ((f"{first}_to_{second}", a, b), (f"{second}_to_{first}", b, a)):
-        figures |= {f"{name}/recall_at_{k}": value for k, value in _recalls(queries, candidates, ks).items()}
+        figures |= {f"{name}/{figure}": value for figure, value in _recalls(queries, candidates, ks).items()}
         figures |= {f"{name}/chance_at_{k}": min(1.0, k / len(a_mean)) for k in ks}
         figures[f"{name}/candidates"] = len(a_mean)
     return figures
 
 
-def _recalls(queries: DiagNormal, candidates: DiagNormal, ks: Sequence[int]) -> dict[int, float]:
-    """Recall@k where query i belongs to candidate i."""
-    numbers = torch.arange(len(queries.mean))
-    totals = dict.fromkeys(ks, 0.0)
-    for part in numbers.split(max(1, _MOST_SCORES // candidates.mean.numel())):
-        scores = overlap(DiagNormal(queries.loc[part], queries.logvar[part]), candidates)
-        totals = {k: total + recall_at(scores, k, part).sum().item() for k, total in totals.items()}
-    return {k: total / len(numbers) for k, total in totals.items()}
+def _recalls(queries: DiagNormal, candidates: DiagNormal, ks: Sequence[int]) -> dict[str, float]:
+    """Recall where query i belongs to candidate i, by the overlap and by what of it is not :func:`crowding`."""
+    totals, done, crowd = {}, 0, crowding(queries, candidates)
+    for part in parts_of(queries, len(candidates.loc)):
+        scores, targets = overlap(part, candidates), torch.arange(done, done + len(part.loc))
+        done += len(targets)
+        for name, by in (("recall", scores), ("balanced_recall", scores - crowd)):
+            for k in ks:
+                found = recall_at(by, k, targets).sum().item()
+                totals[f"{name}_at_{k}"] = totals.get(f"{name}_at_{k}", 0.0) + found / len(queries.loc)
+    return totals
 
 
 # ---- words

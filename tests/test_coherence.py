@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 from mmvae import MMVAE, ImageVAEImageProcessor, MMVAEConfig, MMVAEProcessor
 from mmvae.coherence import (
+    _recalls,
     class_coherence,
     cross_generated,
     evaluate_joint,
@@ -27,6 +28,7 @@ from mmvae.distributions import DiagNormal
 from mmvae.evaluation import evaluate_conditional
 from mmvae.judge import Judge, Verdict
 from mmvae.models.base import VAEConfig
+from mmvae.models.joint_generation import crowding, overlap
 from mmvae.models.unimodal import VAEModel
 from mmvae.processing import train_tokenizer
 
@@ -141,6 +143,16 @@ def accelerator():
 
 
 # ---- retrieval
+
+
+def test_a_candidate_that_is_near_to_everything_crowds_nobody_out():
+    queries = DiagNormal(torch.tensor([[0.0], [1.0]]), torch.full((2, 1), 0.3).square().log())
+    candidates = DiagNormal(torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [3.0]]).square().log())
+    figures = _recalls(queries, candidates, (1,))
+    assert figures == {"recall_at_1": 0.5, "balanced_recall_at_1": 1.0}
+    louder = overlap(queries, candidates) + torch.tensor([7.0, -2.0])  # a constant of a candidate's own changes nothing
+    louder = louder - louder.logsumexp(0)
+    torch.testing.assert_close(louder.diff(dim=1), (overlap(queries, candidates) - crowding(queries, candidates)).diff(dim=1))
 
 
 def test_a_perfect_model_finds_every_other_half(accelerator):

@@ -276,6 +276,8 @@ def test_generation_of_anything_from_anything(model):
     assert set(model.sample(2, max_new_tokens=3)) == {"image", "text"}
     nearest = model.retrieve({"pixel_values": inputs["pixel_values"]}, {"input_ids": inputs["input_ids"]}, 2)
     assert nearest.shape == (5, 2)
+    same = model.retrieve(pixels := {"pixel_values": inputs["pixel_values"]}, {"input_ids": inputs["input_ids"]}, 5, reference=pixels)
+    assert same.sort(1).values.tolist() == [[0, 1, 2, 3, 4]] * 5
 
 
 def test_save_and_load(model, tmp_path):

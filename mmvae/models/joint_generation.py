@@ -7,6 +7,7 @@ Shapes: ``B`` batch, ``D`` shared latent.
 """
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from mmvae.distributions import DiagNormal
 from mmvae.models.base import VAE, seeded
+
+_MOST_DIFFERENCES = 1 << 24  # numbers held at once while latents are compared
 
 
 class JointGeneration(VAE):
@@ -126,21 +129,46 @@ class JointGeneration(VAE):
         return torch.where(seen, own, w.to(own))
 
     @torch.no_grad()
-    def retrieve(self, queries: Mapping[str, Any], candidates: Mapping[str, Any], num_results: int = 10) -> Tensor:
+    def retrieve(
+        self, queries: Mapping[str, Any], candidates: Mapping[str, Any], num_results: int = 10, reference: Mapping[str, Any] | None = None
+    ) -> Tensor:
         r"""The candidates nearest to each query by the overlap of their posteriors, :math:`\log \int q(z|a)\, q(z|b)\, dz`.
 
         Arguments:
             queries, candidates: inputs of any modalities, B and N rows: pictures and sentences, for example.
             num_results: of each query, at most N.
+            reference: rows of the queries' kind, some hundreds, which may be the queries. What a candidate overlaps with these is
+                subtracted, see :func:`crowding`, so that one that is near to everything does not come first everywhere.
 
         Returns:
             (B, num_results) int64, numbers of candidates, best first.
         """
-        a, b = self.posterior(**queries).mixture, self.posterior(**candidates).mixture
-        return overlap(DiagNormal(a.mean, a.variance.log()), DiagNormal(b.mean, b.variance.log())).topk(num_results, 1).indices
+        a, b = self._moments_of(queries), self._moments_of(candidates)
+        scores = overlap(a, b) if reference is None else overlap(a, b) - crowding(self._moments_of(reference), b)
+        return scores.topk(num_results, 1).indices
+
+    def _moments_of(self, inputs: Mapping[str, Any]) -> DiagNormal:
+        q = self.posterior(**inputs).mixture
+        return DiagNormal(q.mean, q.variance.log())
 
 
 def overlap(a: DiagNormal, b: DiagNormal) -> Tensor:
     r""":math:`\log \int a(z)\, b(z)\, dz` of every pair in nats; a, b of batches (B,), (N,). Returns (B, N)."""
     variance = a.variance.unsqueeze(1) + b.variance
     return DiagNormal(b.mean.expand_as(variance), variance.log()).log_prob(a.mean.unsqueeze(1))
+
+
+def crowding(reference: DiagNormal, candidates: DiagNormal) -> Tensor:
+    r""":math:`\log \tfrac1R \sum_r \int q_r(z)\, b(z)\, dz`: what candidates of batch (N,) overlap with anything, (N,) nats.
+
+    Subtracted from :func:`overlap` it makes a likelihood ratio, :math:`\log p(a, b) / p(b)` up to what depends on a alone: the inverted
+    softmax of Smith et al. (2017), https://arxiv.org/abs/1702.03859.
+    """
+    parts = [overlap(part, candidates).logsumexp(0) for part in parts_of(reference, len(candidates.loc))]
+    return torch.stack(parts).logsumexp(0) - math.log(len(reference.loc))
+
+
+def parts_of(q: DiagNormal, candidates: int) -> list[DiagNormal]:
+    """Parts of a batch (R,) whose differences from so many candidates fit in memory."""
+    size = max(1, _MOST_DIFFERENCES // max(1, candidates * q.loc.shape[-1]))
+    return [DiagNormal(*moments) for moments in zip(q.loc.split(size), q.logvar.split(size), strict=True)]
