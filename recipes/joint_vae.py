@@ -2,7 +2,7 @@
 
     accelerate launch recipes/joint_vae.py                                                 # built-in captioned sprites, minutes
     accelerate launch recipes/joint_vae.py --config recipes/configs/emoji.yaml --dataset path/to/emoji
-    accelerate launch recipes/joint_vae.py --dataset path/to/multi30k --modalities en:text,de:text
+    accelerate launch recipes/joint_vae.py --config recipes/configs/multi30k.yaml --dataset path/to/multi30k
 
 The options' defaults suit the built-in sprites: one object that is turned and shifted on a plain background. Its place is a part of the
 shared latent, since captions may tell it, its angle is the picture's own. Start the same command again after a stop and it goes on where
