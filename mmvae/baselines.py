@@ -20,16 +20,14 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from mmvae.classifiers import labelled_coherence
-from mmvae.data import Loader, Rows, TextColumn
-from mmvae.evaluation import model_inputs
+from mmvae.coherence import chunks
+from mmvae.data import Rows, TextColumn
 from mmvae.joint_processing import MMVAEProcessor
-from mmvae.loop import to_device
 from mmvae.metrics import text_scores
 from mmvae.models.mmvae import MMVAE
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 100  # rows that are encoded at once, whatever the batch size
 _MOST_SCORES = 1 << 23  # cosines held at once
 
 
@@ -51,15 +49,14 @@ def posterior_means(accelerator: Accelerator, model: MMVAE, rows: Rows) -> dict[
     chosen = torch.eye(len(model.modalities), dtype=torch.bool, device=accelerator.device)
     subsets = {"all": torch.ones_like(chosen[0])} | dict(zip(model.modalities, chosen, strict=True))
     parts = []
-    for n, batch in enumerate(Loader(rows, _CHUNK, shuffle=False, pool=0).batches(0)):
-        if n % accelerator.num_processes == accelerator.process_index:
-            inputs, means = to_device(accelerator.device, model_inputs(model, batch)), {}
-            for name, subset in subsets.items():
-                visible = inputs["present"] & subset
-                mean = model.posterior(**inputs | {"present": visible, "visible": visible}).mixture.mean.float().cpu()
-                keep = visible.any(1).cpu()
-                means[name] = batch["row"][keep], mean[keep]
-            parts.append((n, means))
+    for n, numbers, inputs in chunks(accelerator, model, rows):
+        means = {}
+        for name, subset in subsets.items():
+            visible = inputs["present"] & subset
+            mean = model.posterior(**inputs | {"present": visible, "visible": visible}).mixture.mean.float().cpu()
+            keep = visible.any(1).cpu()
+            means[name] = numbers[keep], mean[keep]
+        parts.append((n, means))
     parts = [means for _, means in sorted(gather_object(parts), key=lambda part: part[0])]
     return {name: tuple(torch.cat(x) for x in zip(*(means[name] for means in parts), strict=True)) for name in subsets}
 

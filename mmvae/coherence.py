@@ -44,7 +44,7 @@ def without_densities(model: MMVAE) -> Iterator[None]:
         model.densities = fitted
 
 
-def _chunks(accelerator: Accelerator, model: MMVAE, rows: Rows, num_rows: int | None = None) -> Iterator[tuple[int, Tensor, dict]]:
+def chunks(accelerator: Accelerator, model: MMVAE, rows: Rows, num_rows: int | None = None) -> Iterator[tuple[int, Tensor, dict]]:
     """This rank's chunks of the first rows: their number, the rows' numbers (B,), and the model's inputs."""
     for n, batch in enumerate(Loader(rows, _CHUNK, shuffle=False, pool=0).batches(0)):
         size = len(batch["row"]) if num_rows is None else min(num_rows - n * _CHUNK, len(batch["row"]))
@@ -104,7 +104,7 @@ def cross_generated(
         Per chunk the rows' numbers (B,) in the data set, and what was made of them.
     """
     column = model.modalities.index(target)
-    for n, numbers, inputs in _chunks(accelerator, model, rows, num_rows):
+    for n, numbers, inputs in chunks(accelerator, model, rows, num_rows):
         seen = _seen(model, inputs, sources)
         keep = seen.any(1) & inputs["present"][:, column]
         if keep.any():
@@ -143,7 +143,7 @@ def retrieval(
         see :func:`mmvae.metrics.recall_at`.
     """
     parts = []
-    for n, _, inputs in _chunks(accelerator, model, rows):
+    for n, _, inputs in chunks(accelerator, model, rows):
         both = _seen(model, inputs, [first, second]).sum(1) == 2
         if both.any():
             inputs = {name: value[both] for name, value in inputs.items()}
