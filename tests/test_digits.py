@@ -98,7 +98,7 @@ def test_the_config_is_one_that_the_recipe_takes(folder):
     args, joint = parse(module.JointRun, module.JointArguments, argv=["--config", str(path), "--dataset", f"words:{folder}"])
     model, processor, columns = module.build(args, joint, splits(args.dataset))
     assert [column.name for column in columns] == ["image", "word"]
-    assert list(unfitted(model, joint.densities)) == ["shared", "private_image", "private_text"]
+    assert list(unfitted(model, joint.densities)) == ["shared", "shared_given_text"]  # a word's place needs none
     ids = processor(text=["_ t h r e e _ _"])["input_ids"][0].tolist()
     assert len(set(ids)) == 7 and processor.batch_decode([ids], "text") == ["_ t h r e e _ _"]  # BOS, EOS, and t h r e _
     assert joint.vaes["image"]["image_size"] == 28
