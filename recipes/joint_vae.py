@@ -11,7 +11,7 @@ it was. Results: see README.md.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mmvae import MMVAE, ImageVAEConfig, MMVAEConfig, MMVAEProcessor, TextVAEConfig
-from mmvae.data import Column, ImageColumn, Loader, Rows, TextColumn, as_modalities, find_column, splits, texts_of
+from mmvae.data import Augmentation, Column, ImageColumn, Loader, Rows, TextColumn, as_modalities, find_column, splits, texts_of
 from mmvae.density_fitting import unfitted
 from mmvae.experiment import RunArguments, finish, image_processor, make_loaders, make_tokenizer, parse, start, train
 from mmvae.options import by_name, mapping, parse_modalities
@@ -28,8 +28,9 @@ from mmvae.pictures import side_by_side, table
 from mmvae.processing import decode_text
 
 KINDS = {"image": ImageVAEConfig, "text": TextVAEConfig}
-BY_NAME = ("vaes", "private_dims", "likelihood_weights", "modality_dropout", "drop_modality")
-NOT_THE_MODELS = ("modalities", "kinds", "vaes", "private_dims", "tokenizer", "vocab_size", "densities", "drop_modality", "complete_only")
+BY_NAME = ("vaes", "private_dims", "likelihood_weights", "modality_dropout", "augmentation", "drop_modality")
+DATA = ("tokenizer", "vocab_size", "augmentation", "drop_modality", "complete_only")
+NOT_THE_MODELS = ("modalities", "kinds", "vaes", "private_dims", "densities", *DATA)
 IMAGE = {"hidden_channels": [32, 64, 64], "likelihood": "gaussian", "scale_mode": "optimal", "pose": "rotation+shift"}
 TEXT = {"hidden_size": 96, "embedding_size": 32}
 FLOWS = {"shared": {"kind": "mixture", "num_components": 100}, "private": {"kind": "flow"}, "shared_given": {"kind": "flow"}}
@@ -57,6 +58,7 @@ class JointArguments:
     modality_dropout: str = field(default='{"text": 0.5}', metadata={"help": "share of the rows that are encoded without it, by name"})
     draw: str = field(default="auto", metadata={"help": "components decoded in a step: all, one per row, or auto"})
     densities: str = field(default=json.dumps(FLOWS), metadata={"help": "fitted to the latents after training"})
+    augmentation: str = field(default="{}", metadata={"help": "random changes to the training pictures of a modality, by its name"})
     drop_modality: str = field(default="{}", metadata={"help": "share of the training rows in which a modality is hidden, by its name"})
     complete_only: bool = field(default=False, metadata={"help": "train on the rows that have everything, after hiding"})
 
@@ -64,6 +66,9 @@ class JointArguments:
         self.kinds = parse_modalities(self.modalities, KINDS)
         for option in BY_NAME:
             setattr(self, option, by_name(option, getattr(self, option), {name: kind for name, (kind, _) in self.kinds.items()}, KINDS))
+        for name in (name for name in self.augmentation if self.kinds[name][0] != "image"):
+            raise ValueError(f"augmentation: received {self.augmentation[name]!r} for {name!r}, expected pictures' modalities only")
+        self.augmentation = {name: Augmentation(**changes) for name, changes in self.augmentation.items()}
         self.aggregation_options = mapping("aggregation_options", self.aggregation_options)
         of = {"private": [f"private_{name}" for name in self.private_dims], "shared_given": [f"shared_given_{name}" for name in self.kinds]}
         self.densities = {name: kind for key, kind in mapping("densities", self.densities).items() for name in of.get(key, [key])}
@@ -123,8 +128,10 @@ def main() -> None:
     data = splits(args.dataset, streaming=args.streaming)
     model, processor, columns = build(args, joint, data)
     unfitted(model, joint.densities)  # refuses what cannot be, before any work
-    hidden = {"train": {"drop": joint.drop_modality, "drop_seed": args.seed, "complete": joint.complete_only}}
-    rows = {split: Rows(part, columns, name=args.dataset, on_empty="skip", **hidden.get(split, {})) for split, part in data.items()}
+    rows = {split: Rows(part, columns, name=args.dataset, on_empty="skip") for split, part in data.items() if split != "train"}
+    changed = [replace(c, augmentation=joint.augmentation[c.modality]) if c.modality in joint.augmentation else c for c in columns]
+    hidden = {"drop": joint.drop_modality, "drop_seed": args.seed, "complete": joint.complete_only}
+    rows["train"] = Rows(data["train"], changed, name=args.dataset, on_empty="skip", **hidden)
     loaders = make_loaders(accelerator, args, rows)
 
     def readable(name: str, made: Tensor) -> Tensor | list[str]:

@@ -108,7 +108,7 @@ def test_evaluate_refuses_what_the_model_has_not(finished, data, options, messag
 def test_sprites_are_trained_on_and_judged(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("mmvae.data.loading._SPRITE_ROWS", {"train": 40, "validation": 10, "test": 12})
     folder = tmp_path / "sprites"
-    options = ["--output_dir", folder, *JOINT, "--max_steps", "3", "--importance_samples", "2"]
+    options = ["--output_dir", folder, *JOINT, "--max_steps", "3", "--importance_samples", "2", "--augmentation", '{"image": {"shift": 2}}']
     run("joint_vae", ["--dataset", "sprites:1", *map(str, options)])
     assert (folder / "figures" / "text_to_image.png").is_file() and (folder / "figures" / "image_to_text.png").is_file()
     torch.manual_seed(0)
@@ -120,6 +120,20 @@ def test_sprites_are_trained_on_and_judged(tmp_path, monkeypatch, capsys):
         assert 0 <= figures[f"{way}/strict"] <= figures[f"{way}/shape"] <= 1
     assert 0 <= figures["joint/refused"] <= 1 and figures["text_to_image/malformed"] == 0
     assert "text\\_to\\_image/strict" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": {"shift": 2}}, "augmentation: received {'shift': 2} for 'text', expected pictures' modalities only"),
+        ({"image": {"rotation": -3}}, "rotation must be finite and at least 0, got -3"),
+        ({"sound": {"shift": 2}}, "augmentation: received 'sound', expected a modality"),
+    ],
+)
+def test_only_pictures_are_augmented(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run("joint_vae", ["--dataset", "sprites:1", "--output_dir", str(tmp_path / "out"), "--augmentation", json.dumps(changes)])
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_modalities_of_one_column_are_refused_before_any_work(data, tmp_path):
