@@ -66,7 +66,8 @@ class MMVAE(JointGeneration):
 
     Inputs go by the children's names; where two modalities have an input of the same name, each puts its own name before it:
     ``en_input_ids``, which works always. A modality without any input is missing in every row; ``present`` says what is missing in which
-    row, and an input may hold anything finite where it is missing.
+    row, and an input may hold anything finite where it is missing. ``transformers.Trainer`` reads names off the signature of ``forward``,
+    which cannot have them: give it ``remove_unused_columns=False``.
 
     Example:
         >>> from mmvae import ImageVAEConfig, TextVAEConfig
