@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from mmvae.coherence import class_coherence, without_densities
 from mmvae.data import ImageColumn, LabelColumn, Loader, Rows, find_classes
@@ -72,13 +73,25 @@ def picture_classifier(
         model = PictureClassifier(column.num_channels, len(classes)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, max(2, num_epochs * len(loader)))
+    generator = torch.Generator().manual_seed(seed)
     for batch in (batch for epoch in range(num_epochs) for batch in loader.batches(epoch)):
-        loss = F.cross_entropy(model(batch["pixel_values"].to(device)), batch["labels"].to(device))
+        loss = F.cross_entropy(model(_softened(batch["pixel_values"].to(device), generator)), batch["labels"].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     return model.eval()
+
+
+def _softened(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures (B,C,H,W) uint8 as float, blurred by a deviation of up to a pixel and up to 40 % fainter, alike within a batch.
+
+    What a VAE makes is softer than any photograph: networks that saw sharp pictures alone were right about 99.1 % of the real digits, and
+    differed by five points in what they said of the same reconstructions.
+    """
+    deviation, brightness = torch.rand(2, generator=generator).tolist()
+    sigma = max(deviation, 0.1)  # torchvision takes no zero; a tenth of a pixel changes nothing
+    return gaussian_blur(pixels.float() / 255, [5, 5], [sigma, sigma]) * (1 - 0.4 * brightness)
 
 
 def picture_accuracy(model: PictureClassifier, data: Any, column: ImageColumn, label: str, classes: Sequence[str]) -> float:

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from test_coherence import WORDS, translator
 from test_digits import digits
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from mmvae.classifiers import PictureClassifier, labelled_coherence, picture_accuracy, picture_classifier, text_classifier
 from mmvae.data import ImageColumn
@@ -25,6 +26,14 @@ def test_a_classifier_of_pictures_learns_and_is_measured_on_rows_that_it_did_not
     assert all(torch.equal(x, y) for x, y in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     turned = digits(30).map(lambda row: {"label": (row["label"] + (row["label"] < 3)) % 10}, load_from_cache_file=False)
     assert picture_accuracy(model, turned, column, "label", [str(i) for i in range(10)]) == pytest.approx(0.7)
+
+
+def test_what_is_soft_and_faint_is_told_too():
+    column, sharp = ImageColumn("image", 8, 1), digits(40)
+    model = picture_classifier(digits(400), column, "label", num_epochs=15)
+    pixels = torch.stack([torch.from_numpy(column.prepare([image])[0]) for image in sharp["image"]])
+    soft = 0.6 * gaussian_blur(pixels.float() / 255, [5, 5], [1.0, 1.0])
+    assert (model.classify(soft) == torch.tensor(sharp["label"])).all()
 
 
 def test_bytes_and_floats_are_the_same_picture():
