@@ -213,7 +213,7 @@ def test_sprites_by_name():
     assert {split: len(part) for split, part in few.items()} == {"train": 30, "validation": 1_000, "test": 1_000}
     assert few["train"][29]["caption"] == load_rows("sprites:5")[29]["caption"]  # the first rows are the same
     for bad in ("sprites:9", "sprites:x", "sprites:3:x", "sprites:3:0", "sprites:3:30:1"):
-        with pytest.raises(ValueError, match="level|num_rows"):
+        with pytest.raises(ValueError, match="level|num_rows|expected a caption"):
             load_rows(bad)
 
 

@@ -3,7 +3,10 @@
 from mmvae.data.augmentation import Augmentation
 from mmvae.data.batches import Loader
 from mmvae.data.columns import Column, ImageColumn, LabelColumn, TextColumn, as_modalities
+from mmvae.data.labels import read_labels, shown_labels
 from mmvae.data.loading import find_classes, find_column, load_rows, splits
+from mmvae.data.masks import MaskColumn, on_random_colours
+from mmvae.data.partly_labelled import PartlyLabelled
 from mmvae.data.rows import BadRow, Rows, texts_of
 from mmvae.data.sprites import Sprites, parse_caption, sprites
 
@@ -14,6 +17,8 @@ __all__ = [
     "ImageColumn",
     "LabelColumn",
     "Loader",
+    "MaskColumn",
+    "PartlyLabelled",
     "Rows",
     "Sprites",
     "TextColumn",
@@ -21,7 +26,10 @@ __all__ = [
     "find_classes",
     "find_column",
     "load_rows",
+    "on_random_colours",
     "parse_caption",
+    "read_labels",
+    "shown_labels",
     "splits",
     "sprites",
     "texts_of",

@@ -276,6 +276,7 @@ class LabelColumn(Column):
         name: the data set's column.
         classes: names of the classes in the order of their numbers; a raw value may be a name or a number.
         prefix: put before the names of the inputs: "en" gives ``en_labels``.
+        missing: whether a row may lack its label; it gets -100. Otherwise that is an error.
 
     Raises:
         ValueError: fewer than one class, or a name twice.
@@ -284,6 +285,7 @@ class LabelColumn(Column):
     name: str
     classes: tuple[str, ...]
     prefix: str = ""
+    missing: bool = False
     shape = ()
     dtype = torch.int64
 
@@ -298,6 +300,8 @@ class LabelColumn(Column):
         return [np.int64(self._number(value)) for value in values]
 
     def _number(self, value: Any) -> int:
+        if value is None and self.missing:
+            return -100
         if isinstance(value, str) and value in self._numbers:
             return self._numbers[value]
         if isinstance(value, int | np.integer) and not isinstance(value, bool) and 0 <= value < len(self.classes):

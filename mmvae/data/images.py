@@ -34,7 +34,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-RESIZES = ("crop", "pad", "stretch")
+RESIZES = ("crop", "pad", "stretch", "refuse")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _EXIF_ORIENTATION = 0x0112
 
@@ -159,15 +159,21 @@ def resize(pixels: Tensor, size: tuple[int, int], mode: str, background: tuple[i
         pixels: (C,H,W) uint8.
         size: height and width.
         mode: "crop" covers the frame and keeps its centre, "pad" fits inside it and fills the rest with the
-            background (transparent where there is an alpha channel), "stretch" ignores the aspect ratio.
+            background (transparent where there is an alpha channel), "stretch" ignores the aspect ratio, "refuse" takes no other size:
+            for pictures with masks, which must stay on each other.
         background: colour of the filling.
 
     Returns:
         (C, *size) uint8.
+
+    Raises:
+        ValueError: another size with "refuse".
     """
     height, width = pixels.shape[-2:]
     if (height, width) == size:
         return pixels
+    if mode == "refuse":
+        raise ValueError(f"got {height} x {width} pixels (height x width), expected {size[0]} x {size[1]}")
     fit = list(size)
     if mode != "stretch":
         scale = (max if mode == "crop" else min)(size[0] / height, size[1] / width)

@@ -4,7 +4,9 @@ r"""Any data set by one name: the built-in sprites, a local file or folder, or a
 |------------------------------------------|-----------------------------------------------------------------------------------------|
 | ``sprites``, ``sprites:3``               | built-in captioned sprites, of a level (see `mmvae.data.sprites`)                       |
 | ``sprites:3:2000``                       | the same with so many training rows; 10,000 otherwise                                   |
+| ``sprites:3:2000:heart``                 | the same, hearts alone, in the middle of the picture; or "big heart", "big red heart"   |
 | ``words:NAME``                           | pictures of digits by any name of this table, with a column ``word`` (`mmvae.data.digits`) |
+| ``turned:NAME``                          | pictures by any name of this table, each turned by its ``angle`` (`mmvae.data.turned`)  |
 | a folder                                 | pictures (`imagefolder` layout), or jsonl, csv, tsv, parquet or text files, one per split |
 | a file                                   | that file as the split "train"                                                          |
 | anything else                            | an id on the Hub                                                                        |
@@ -26,6 +28,7 @@ from huggingface_hub.errors import HFValidationError
 
 from mmvae.data.digits import add_words
 from mmvae.data.sprites import sprites
+from mmvae.data.turned import add_turns
 from mmvae.noise import fold
 
 _BUILDERS = {
@@ -48,6 +51,7 @@ _COMMON = {
     "label": ("label", "labels", "class", "category", "fine_label"),
 }
 _SPLITS = ("train", "validation", "test")
+_MOST_CLASSES = 65_536  # a label beyond is no number of a class
 _HELD_OUT = 0x68656C64
 _FIRST_HELD_OUT = 26  # the smallest row number that the rule of `splits` holds out
 _SPRITE_ROWS = {"train": 10_000, "validation": 1_000, "test": 1_000}
@@ -102,14 +106,18 @@ def splits(dataset: str, *, streaming: bool = False, **options: Any) -> dict[str
 
 def _load(dataset: str, streaming: bool, options: dict[str, Any]) -> dict[str, Any]:
     if dataset.split(":")[0] == "sprites" and not Path(dataset).exists():
-        level, rows = [*dataset.split(":"), "", ""][1:3]
+        level, rows, centred = [*dataset.split(":"), "", "", ""][1:4]
         level, rows = level or str(options.pop("level", 3)), rows or str(_SPRITE_ROWS["train"])
-        if not level.isdecimal() or not rows.isdecimal() or dataset.count(":") > 2:
-            raise ValueError(f"{dataset} names the level {level!r} and {rows!r} rows, expected sprites:1 to sprites:5, or sprites:5:ROWS")
+        if not level.isdecimal() or not rows.isdecimal() or dataset.count(":") > 3:
+            expected = "expected sprites:1 to sprites:5, sprites:5:ROWS, or sprites:3:ROWS:SHAPE"
+            raise ValueError(f"{dataset} names the level {level!r} and {rows!r} rows, {expected}")
         sizes = _SPRITE_ROWS | {"train": int(rows)}
-        return {split: sprites(int(level), split, **{"num_rows": n, **options}) for split, n in sizes.items()}
+        return {split: sprites(int(level), split, **{"num_rows": n, "centred": centred or None, **options}) for split, n in sizes.items()}
     if dataset.startswith("words:") and not Path(dataset).exists():
         return {split: add_words(rows, split) for split, rows in _load(dataset.removeprefix("words:"), streaming, options).items()}
+    if dataset.startswith("turned:") and not Path(dataset).exists():
+        upright = _load(dataset.removeprefix("turned:"), streaming, options)
+        return {split: add_turns(rows, split, find_column(rows, "image")) for split, rows in upright.items()}
     path = Path(dataset).expanduser()
     if path.is_file():
         builder = _BUILDERS.get(path.suffix.lower())
@@ -217,7 +225,7 @@ def find_column(rows: Any, kind: str, name: str | None = None) -> str:
 
 
 def find_classes(rows: Any, column: str) -> tuple[str, ...]:
-    """Names of the classes of a label column: those that the data set declares, else its different values, sorted.
+    """Names of the classes of a label column: those that the data set declares, else its different values, sorted; not None.
 
     Arguments:
         rows: what `load_rows` gives.
@@ -234,13 +242,23 @@ def find_classes(rows: Any, column: str) -> tuple[str, ...]:
         return tuple(feature.names)
     if isinstance(rows, datasets.IterableDataset):
         raise ValueError(f"column {column!r} of a stream declares no classes, expected a ClassLabel feature")
-    values = set(rows[column])
-    if all(isinstance(value, int) for value in values):
-        return tuple(str(value) for value in range(max(values) + 1))
-    if all(isinstance(value, str) for value in values):
+    values = set(rows[column][:]) - {None}
+    if values and all(isinstance(value, str) for value in values):
         return tuple(sorted(values))
-    kinds = ", ".join(sorted({type(value).__name__ for value in values}))
-    raise ValueError(f"column {column!r} holds {kinds}, expected names or whole numbers")
+    if values and all(isinstance(value, int) for value in values):
+        if max(values) < _MOST_CLASSES:
+            return tuple(str(value) for value in range(max(values) + 1))
+        row = rows[column][:].index(max(values))
+        raise ValueError(f"row {row}, field {column!r}: received {max(values)}, expected the number of a class, below {_MOST_CLASSES}")
+    kinds = ", ".join(sorted({type(value).__name__ for value in values})) or "nothing"
+    raise ValueError(f"column {column!r} holds {kinds}{_first_wrong(rows[column][:])}, expected names or whole numbers")
+
+
+def _first_wrong(values: list[Any]) -> str:
+    """Where the first value is that is no class: of a kind that no class is of, or of another kind than those before."""
+    kinds = [type(value) for value in values]
+    kind = next((kind for kind in kinds if kind in (str, int)), str)
+    return next((f" (row {row}: {values[row]!r})" for row in range(len(values)) if kinds[row] not in (kind, type(None))), "")
 
 
 def _fits(feature: Any, kind: str) -> bool:

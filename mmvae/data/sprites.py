@@ -177,17 +177,19 @@ def _texture(keys: Tensor, image_size: int, strength: float = 7.0) -> Tensor:
     return torch.lerp(rows[..., low], rows[..., low + 1], share)
 
 
-def _draw(keys: Tensor, level: int) -> dict[str, Tensor]:
+def _draw(keys: Tensor, level: int, centred: str | None = None) -> dict[str, Tensor]:
     """All that decides rows: one index per attribute, the centre and the angle."""
     u = keyed_uniform(keys, (8,)).unbind(1)
     drawn = {name: (u[i] * len(values)).long() for i, (name, values) in enumerate(ATTRIBUTES.items())}
+    for name, value in parse_caption(centred).items() if centred else ():
+        drawn[name] = torch.full_like(drawn[name], ATTRIBUTES[name].index(value))
     if level < 5:
         drawn["background"] = torch.ones_like(drawn["background"])
     nearest = torch.tensor(RADII)[drawn["size"]] * _REACH + 0.01
     farthest = 0.5 - (_CLEARANCE if level > 3 else 0.0)
     for axis, side, i in (("x", drawn["position"] % 2, 5), ("y", drawn["position"] // 2, 6)):
         inside = nearest + (farthest - nearest) * u[i]
-        drawn[axis] = torch.where(side == 1, 1 - inside, inside)
+        drawn[axis] = torch.full_like(inside, 0.5) if centred else torch.where(side == 1, 1 - inside, inside)
     drawn["angle"] = u[7] * 2 * math.pi / torch.tensor([SYMMETRY[name] for name in ATTRIBUTES["shape"]])[drawn["shape"]]
     return drawn
 
@@ -200,8 +202,8 @@ class Sprites:
     ``angle`` (radians, in [0, 2 pi / SYMMETRY)), ``mask`` (H,W) uint8.
     """
 
-    def __init__(self, level: int, keys: Tensor, image_size: int, columns: Sequence[str] | None = None) -> None:
-        self.level, self.image_size, self._keys = level, image_size, keys
+    def __init__(self, level: int, keys: Tensor, image_size: int, columns: Sequence[str] | None = None, centred: str | None = None) -> None:
+        self.level, self.image_size, self.centred, self._keys = level, image_size, centred, keys
         labels = {name: datasets.ClassLabel(names=list(values)) for name, values in ATTRIBUTES.items()}
         mask = datasets.Array2D((image_size, image_size), "uint8")
         known = {
@@ -219,11 +221,11 @@ class Sprites:
 
     def select(self, rows: Sequence[int]) -> "Sprites":
         """Some of the rows."""
-        return Sprites(self.level, self._keys[torch.as_tensor(rows)], self.image_size, self.column_names)
+        return Sprites(self.level, self._keys[torch.as_tensor(rows)], self.image_size, self.column_names, self.centred)
 
     def select_columns(self, columns: Sequence[str]) -> "Sprites":
         """Some of the columns; what is left out is not drawn."""
-        return Sprites(self.level, self._keys, self.image_size, columns)
+        return Sprites(self.level, self._keys, self.image_size, columns, self.centred)
 
     def __getitem__(self, index: int | slice | Sequence[int] | str) -> Any:
         if isinstance(index, str):
@@ -235,7 +237,7 @@ class Sprites:
         return {name: _joined([part[name] for part in parts]) for name in self.column_names}
 
     def _rows(self, keys: Tensor) -> dict[str, Any]:
-        drawn = _draw(keys, self.level)
+        drawn = _draw(keys, self.level, self.centred)
         rows: dict[str, Any] = {name: drawn[name].tolist() for name in (*ATTRIBUTES, "angle")}
         if "image" in self.features or "mask" in self.features:
             texture = _texture(keys, self.image_size) if self.level > 3 else None
@@ -253,7 +255,9 @@ def _joined(parts: list[Any]) -> Any:
     return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [value for part in parts for value in part]
 
 
-def sprites(level: int = 3, split: str = "train", num_rows: int = 10_000, seed: int = 0, image_size: int = 64) -> Sprites:
+def sprites(
+    level: int = 3, split: str = "train", num_rows: int = 10_000, seed: int = 0, image_size: int = 64, centred: str | None = None
+) -> Sprites:
     """Captioned sprites of a level.
 
     Arguments:
@@ -262,6 +266,8 @@ def sprites(level: int = 3, split: str = "train", num_rows: int = 10_000, seed: 
         num_rows: how many; the first rows of a larger set are the same.
         seed: another seed gives other rows.
         image_size: pixels along a side, at least 16.
+        centred: "heart", "big heart", or any caption up to level 3: all rows show that, in the middle of the picture, and ``position``
+            means nothing.
 
     Returns:
         The rows.
@@ -275,4 +281,6 @@ def sprites(level: int = 3, split: str = "train", num_rows: int = 10_000, seed: 
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if num_rows < 1 or image_size < 16:
         raise ValueError(f"expected num_rows >= 1 and image_size >= 16, got {num_rows} and {image_size}")
-    return Sprites(level, fold(seed, _ROWS, level, SPLITS.index(split), torch.arange(num_rows)), image_size)
+    if centred and ("position" in parse_caption(centred) or level > 3):
+        raise ValueError(f"centred must be a caption without a place, at levels 1...3, got {centred!r} at level {level}")
+    return Sprites(level, fold(seed, _ROWS, level, SPLITS.index(split), torch.arange(num_rows)), image_size, centred=centred)
