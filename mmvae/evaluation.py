@@ -55,6 +55,11 @@ def model_inputs(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> dict[st
     return {name: value for name, value in batch.items() if name in names}
 
 
+def _untold(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs without the classes: figures are of x alone, for models with classes too."""
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
 class _Moments:
     """Posterior means and log-variances of the rows of all ranks, by row number, as far as they fit."""
 
@@ -96,22 +101,28 @@ def evaluate_elbo(
 
     Returns:
         ``neg_elbo_nats``, ``reconstruction_nats``, ``kl_nats`` per row, ``active_units``; for text ``tokens`` per row; of a joint model
-        ``reconstruction_nats_<modality>``, in which a row without it counts 0.
+        ``reconstruction_nats_<modality>``, in which a row without it counts 0; of a model with classes, which is not told them here,
+        ``accuracy`` of q(y|x) among the rows that have a label.
     """
     moments = _Moments(accelerator)
 
     def measure(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         key = fold(seed, _ELBO, batch["row"])
-        inputs = model_inputs(model, transform(batch, key) if transform else batch)
+        inputs = _untold(model_inputs(model, transform(batch, key) if transform else batch))
         out = model(**inputs, sample_posterior=True, noise_key=key)
         moments.add(out.latent_mean, out.latent_logvar, batch["row"], batch["row_weight"])
         values = {"neg_elbo_nats": -out.elbo, "reconstruction_nats": -out.log_px, "kl_nats": out.kl}
         if not isinstance(unwrap(model), VAEModel):
             each = out.log_px.unsqueeze(1) if out.log_px_by_modality is None else out.log_px_by_modality  # None: a joint model of one
             return values | {f"reconstruction_nats_{name}": -each[:, m] for m, name in enumerate(unwrap(model).modalities)}
-        return values | _of_modality(unwrap(model), inputs, out.latent_mean, detailed)
+        if out.class_log_probs is not None and "labels" in batch:
+            told = batch["labels"] >= 0
+            values |= {"accuracy": told & (out.class_log_probs.argmax(1) == batch["labels"]), "labelled": told}
+        return values | _of_modality(unwrap(model), inputs, detailed)
 
     figures = evaluate(accelerator, measure, loader, models=[model])
+    if labelled := figures.pop("labelled", 0.0):
+        figures["accuracy"] /= labelled
     q, rows = moments.gathered()
     figures["active_units"] = active_units(q.mean) if len(q.mean) > 1 else 0
     if detailed:
@@ -122,14 +133,14 @@ def evaluate_elbo(
     return figures
 
 
-def _of_modality(model: VAE, inputs: Mapping[str, Tensor], mean: Tensor, detailed: bool) -> dict[str, Tensor]:
+def _of_modality(model: VAE, inputs: Mapping[str, Tensor], detailed: bool) -> dict[str, Tensor]:
     """What only text or only pictures have."""
     target = model.target(**inputs)
     if not target.is_floating_point():
         return {"tokens": (target != -100).sum(1)}
     if not detailed:
         return {}
-    pixels, original = model.render(mean), target.float()
+    pixels, original = model.reconstruct(**inputs), target.float()
     return {"psnr_db": psnr(pixels, original), "ssim": ssim(pixels, original)}
 
 
@@ -157,9 +168,10 @@ def evaluate_vae(
 
     def measure(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = transform(batch, fold(seed, _ELBO, batch["row"])) if transform else batch
+        inputs = _untold(model_inputs(inner, batch))
         key = fold(seed, _MARGINAL, batch["row"])
         with accelerator.autocast():
-            return {"nll_nats": -inner.log_marginal(num_samples=num_samples, noise_key=key, **model_inputs(inner, batch))}
+            return {"nll_nats": -inner.log_marginal(num_samples=num_samples, noise_key=key, **inputs)}
 
     if num_samples:
         figures |= evaluate(accelerator, measure, loader, models=[inner])
@@ -172,6 +184,30 @@ def evaluate_vae(
         dims = math.prod(inner.config.height_width) * inner.config.num_channels
         figures["bits_per_dim"] = bits_per_dim(figures.get("nll_nats", figures["neg_elbo_nats"]), dims)
     return figures
+
+
+def predict(accelerator: Accelerator, model: torch.nn.Module, loader: Any) -> tuple[Tensor, Tensor]:
+    """What a classifier tells of every row, in evaluation mode.
+
+    Arguments:
+        accelerator, model, loader: as for :func:`evaluate_elbo`; the model is one of :mod:`mmvae.models.heads`.
+
+    Returns:
+        Logits (N, C) float32 and labels (N,) int64 of the rows of all ranks in their order, in the host's memory.
+    """
+    parts: list[tuple[Tensor, ...]] = []
+
+    def measure(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = model_inputs(model, batch)
+        labels = inputs.pop("labels")
+        parts.append((torch.where(batch["row_weight"] > 0, batch["row"], -1), labels, model(**inputs).logits.float()))
+        return {}
+
+    evaluate(accelerator, measure, loader, models=[model])
+    padded = (accelerator.pad_across_processes(torch.cat(part), pad_index=-1) for part in zip(*parts, strict=True))
+    rows, labels, logits = (accelerator.gather(part).cpu() for part in padded)
+    order = rows.argsort()[(rows < 0).sum() :]
+    return logits[order], labels[order]
 
 
 def evaluate_conditional(

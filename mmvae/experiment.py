@@ -45,7 +45,7 @@ _FREE = {
     "accumulation", "compile", "eval_every", "hub_model_id", "hub_private", "hub_token", "importance_samples", "keep", "log_every",
     "num_workers", "output_dir", "push_to_hub", "resume", "save_every", "streaming", "tracker",
 }  # fmt: skip
-_PLACES = ("dataset", "output_dir")  # may be paths of this machine; the data set's name is told by itself
+_PLACES = ("dataset", "output_dir", "vae")  # may be paths of this machine; the data set's name is told by itself
 
 
 def precision(wanted: str) -> str:
@@ -107,10 +107,16 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> tuple[Pr
     return made, ids | {"unk_token_id": unknown, "vocab_size": len(made)}
 
 
+def _figures(out: Any) -> dict[str, Tensor]:
+    """What is logged of the output of a VAE, or of one with a head, (B,) each."""
+    told = {} if out.get("cross_entropy") is None else {"cross_entropy_nats": out.cross_entropy}
+    return told if out.elbo is None else {"neg_elbo_nats": -out.elbo, "kl_nats": out.kl, "reconstruction_nats": -out.log_px} | told
+
+
 def vae_step(
     accelerator: Accelerator, model: torch.nn.Module, args: RunArguments, transform: Transform | None, **stepping: Any
 ) -> Callable:
-    """The training step of a VAE: weigh, draw noise keyed by (seed, step, row), and update.
+    """The training step of a VAE, with a head or without: weigh, draw noise keyed by (seed, step, row), and update.
 
     Arguments:
         accelerator, model: prepared.
@@ -123,15 +129,15 @@ def vae_step(
 
     def step(batch: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
         share = accelerator.num_processes / batch["num_rows"]
-        sums = dict.fromkeys(("neg_elbo_nats", "kl_nats", "reconstruction_nats"), 0.0)
+        sums: dict[str, Tensor] = {}
 
         def losses(micro: dict[str, Tensor]) -> Tensor:
             key = fold(args.seed, n, micro["row"])
             micro = transform(micro, key) if transform else micro
             options = {"beta": beta(n), "num_samples": args.num_samples, "objective": objective, "noise_key": key}
             out = model(**model_inputs(model, micro), **options)
-            for name, value in (("neg_elbo_nats", -out.elbo), ("kl_nats", out.kl), ("reconstruction_nats", -out.log_px)):
-                sums[name] = sums[name] + (value.detach() * micro["row_weight"]).sum() * share
+            for name, value in _figures(out).items():
+                sums[name] = sums.get(name, 0.0) + (value.detach() * micro["row_weight"]).sum() * share
             return out.loss_rows
 
         options = {"accumulation": args.accumulation, "max_grad_norm": args.max_grad_norm}
@@ -148,6 +154,7 @@ def train(
     *,
     transform: Transform | None = None,
     show: Callable[[PreTrainedModel, int], Mapping[str, Tensor | str]] | None = None,
+    measure: Callable[..., Mapping[str, float]] = evaluate_elbo,
 ) -> Result:
     """Train a VAE with fused AdamW; afterwards ``model`` holds the weights of the best validation.
 
@@ -161,9 +168,10 @@ def train(
         transform: (batch, keys (B,)) -> batch, on the device, in training and validation.
         show: called on the main process after every validation with the model, averaged weights included, and the step; what it
             returns goes to the trackers, see :func:`track`.
+        measure: gives the figures of a validation, called as :func:`mmvae.evaluation.evaluate_elbo` is; ``args.monitor`` is one of them.
     """
     if args.compile:
-        for trunk in (model.encoder, model.decoder):
+        for trunk in (model.base_model.encoder, model.base_model.decoder):
             trunk.compile()  # in place: the keys of the state stay as they are
     if args.max_steps is None and loaders["train"].num_rows is None:
         raise ValueError("max_steps: received None with streaming, expected a number: how many steps an epoch of a stream has is not known")
@@ -180,14 +188,14 @@ def train(
 
     def validate() -> dict[str, float]:
         with ema.applied() if ema else contextlib.nullcontext():
-            figures = evaluate_elbo(accelerator, prepared, loaders["validation"], seed=args.seed, transform=transform)
+            figures = measure(accelerator, prepared, loaders["validation"], seed=args.seed, transform=transform)
             if show is not None and accelerator.is_main_process:
                 step = scheduler.last_epoch  # one per optimizer step, and right after a resume too
                 unwrap(prepared).eval()
                 track(accelerator, show(unwrap(prepared), step), step)
                 unwrap(prepared).train()
         annealed = beta(scheduler.last_epoch - 1) >= 0.99 * beta(steps - 1)  # before that, an unused latent may still come into use
-        if figures["active_units"] == 0 and annealed and accelerator.is_main_process:
+        if figures.get("active_units") == 0 and annealed and accelerator.is_main_process:
             logger.warning(
                 "posterior collapse at step %d: no latent unit is active (KL %.3f nats); try free bits, a slower kl_schedule or more "
                 "word dropout",
@@ -230,6 +238,7 @@ def finish(
     transform: Transform | None = None,
     draw: Callable[[PreTrainedModel, Path], Mapping[str, str]] | None = None,
     densities: Mapping[str, Mapping[str, Any]] | None = None,
+    measure: Callable[..., Mapping[str, float]] | None = None,
 ) -> dict[str, float]:
     """Evaluate, fit densities, and make the model folder: weights, processor, figures, ``metrics.json``, card; push it when asked.
 
@@ -239,14 +248,15 @@ def finish(
         result: of :func:`train`.
         draw: called with the model and the folder of figures; returns Markdown for the card by title.
         densities: options of :func:`mmvae.density_fitting.fit_densities`; None fits none.
+        measure: gives the figures, called as :func:`mmvae.evaluation.evaluate_elbo` is; :func:`mmvae.evaluation.evaluate_vae` when None.
 
     Returns:
         The figures.
     """
     split = "test" if "test" in loaders else "validation"
     model.eval()
-    options = {"num_samples": args.importance_samples, "seed": args.seed, "transform": transform}
-    figures = evaluate_vae(accelerator, model, loaders[split], **options)
+    measure = measure or partial(evaluate_vae, num_samples=args.importance_samples)
+    figures = measure(accelerator, model, loaders[split], seed=args.seed, transform=transform)
     if densities:
         batches = Loader(loaders["train"].rows, args.batch_size, seed=args.seed).batches(0)  # the same on every rank
         seen = ((transform(batch, fold(args.seed, batch["row"])) if transform else batch) for batch in batches)

@@ -25,6 +25,12 @@ __all__ = ["check_repo_id", "model_card", "push", "write_card", "write_metrics"]
 
 _PUBLISHED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".md")
 _PIPELINE_TAGS = {"image_vae": "unconditional-image-generation", "text_vae": "text-generation"}
+# Of models with a head: the class that reads their folder, and their pipeline, by the end of their class's name.
+_HEADS = {
+    "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForSemanticSegmentation": ("AutoModelForSemanticSegmentation", "image-segmentation"),
+}
 
 _USAGE = {
     "image_vae": """\
@@ -39,15 +45,36 @@ from mmvae.processing import decode_text
 print(decode_text(processor, model.sample(4)))  # sentences from the prior
 inputs = processor(["a sentence of the kind it was trained on"], return_tensors="pt")
 latents = model.encode(**inputs).mean
-print(decode_text(processor, model.generate(latents=latents, max_new_tokens=40, num_beams=4)))
+print(decode_text(processor, model.reconstruct(**inputs, max_new_tokens=40, num_beams=4)))
 """,
 }
+
+_BY_CLASS = """\
+made = model.generate(class_labels=[0, 0, 1])  # by the numbers of model.config.id2label
+names = [model.config.id2label[i] for i in model.classify(**inputs).argmax(1).tolist()]
+"""
 
 _USAGE["mmvae"] = """\
 made = model.sample(4)  # one of each of {modalities} that belong together, from the prior, by name
 inputs = processor({first}=[...], return_tensors="pt")  # any of the modalities, by name
 made = model.generate("{last}", **inputs)  # what is missing, from whatever is given
 nearest = model.retrieve(inputs, processor({last}=[...], return_tensors="pt"))  # and back
+"""
+
+_USAGE["image-classification"] = """\
+logits = model(**processor(image, return_tensors="pt")).logits  # a PIL image, an array, or a list of them
+names = [model.config.id2label[i] for i in logits.argmax(1).tolist()]
+"""
+_USAGE["image-segmentation"] = """\
+logits = model(**processor(image, return_tensors="pt")).logits  # of the class of every pixel: (B, N, H, W)
+"""
+_USAGE["text-classification"] = """\
+logits = model(**processor(["a sentence of the kind it was trained on"], return_tensors="pt")).logits
+names = [model.config.id2label[i] for i in logits.argmax(1).tolist()]
+"""
+_USAGE["MMVAEForClassification"] = """\
+inputs = processor({first}=[...], return_tensors="pt")  # any of {modalities}, by name
+names = [model.config.id2label[i] for i in model(**inputs).logits.argmax(1).tolist()]
 """
 
 _CARD = """\
@@ -70,9 +97,9 @@ pip install mmvae
 
 ```python
 import mmvae  # first: it registers the classes with AutoModel and AutoProcessor
-from transformers import AutoModel, AutoProcessor
+{imports}
 
-model = AutoModel.from_pretrained("{repo_id}", dtype="float32")
+model = {reader}.from_pretrained("{repo_id}", dtype="float32")
 processor = AutoProcessor.from_pretrained("{repo_id}")
 {usage}```
 
@@ -124,10 +151,19 @@ def _listed(items: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in items.items())
 
 
-def _usage(config: Mapping[str, Any]) -> str:
-    names = list(config.get("modalities", {}))
-    text = _USAGE.get(config.get("model_type", ""), "")
-    return text.format(modalities=" and ".join(names), first=names[0], last=names[-1]) if names else text
+def _usage(config: Mapping[str, Any], architecture: str) -> dict[str, str]:
+    """The parts of the snippet: which class reads the folder, and what to do with the model."""
+    names, kind = list(config.get("modalities", {})), config.get("model_type", "")
+    reader, task = next((head for end, head in _HEADS.items() if architecture.endswith(end)), ("AutoModel", kind))
+    if architecture == "MMVAEForClassification":
+        reader = task = architecture  # transformers has no class for it
+    imported = f"from transformers import {reader}, AutoProcessor"
+    if reader == architecture:
+        imported = f"from mmvae import {reader}\nfrom transformers import AutoProcessor"
+    text = _USAGE.get(task, "")
+    text += _BY_CLASS if config.get("num_classes") and task == kind else ""
+    usage = text.format(modalities=" and ".join(names), first=names[0], last=names[-1]) if names else text
+    return {"imports": imported, "reader": reader, "usage": usage}
 
 
 def model_card(
@@ -161,6 +197,7 @@ def model_card(
     config, record = _json(folder, "config.json"), _json(folder, "metrics.json")
     kind, name = config.get("model_type", "vae"), repo_id or folder.resolve().name
     architecture, task = (config.get("architectures") or [kind])[0], _PIPELINE_TAGS.get(kind, "feature-extraction")
+    task = next((task for end, (_, task) in _HEADS.items() if architecture.endswith(end)), task)
     data = ModelCardData(
         license=license,
         library_name="mmvae",
@@ -176,7 +213,7 @@ def model_card(
             title=name.split("/")[-1],
             summary=public(summary) or f"This {architecture} was trained with mmvae on {record['dataset']}.",
             repo_id=name,
-            usage=_usage(config),
+            **_usage(config, architecture),
             sections=_sections(folder, record, sentences or {}),
         )
     )

@@ -231,6 +231,28 @@ class GRUDecoder(nn.Module):
         return self.to_embedding(self.dropout(y)), hidden
 
 
+class GRUState:
+    """What the decoder carries from one generated token to the next.
+
+    Arguments:
+        hidden: (layers, B, H).
+        length: tokens read so far.
+    """
+
+    is_compileable = False
+
+    def __init__(self, hidden: Tensor, length: int):
+        self.hidden, self.length = hidden, length
+
+    def get_seq_length(self) -> int:
+        """Tokens read so far."""
+        return self.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i go on from row ``beam_idx[i]``."""
+        self.hidden = self.hidden.index_select(1, beam_idx)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Token losses with one reused buffer of logits.
 

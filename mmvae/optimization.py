@@ -99,6 +99,19 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def freeze_unreached(model: nn.Module, value: Tensor) -> None:
+    """Let parameters that a value does not depend on take no gradient: data-parallel training waits for every one that does.
+
+    Arguments:
+        model: the module, not wrapped yet.
+        value: (), made by it.
+    """
+    value.backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    model.zero_grad()
+
+
 def update(
     accelerator: Accelerator,
     model: nn.Module,

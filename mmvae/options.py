@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from transformers import HfArgumentParser, SchedulerType
@@ -64,6 +64,8 @@ class RunArguments:
     hub_private: bool = False
     hub_token: str | None = field(default=None, metadata={"help": "by default that of `hf auth login` or HF_TOKEN"})
 
+    monitors: ClassVar[tuple[str, ...]] = ("neg_elbo_nats", "reconstruction_nats", "kl_nats", "last")
+
     def __post_init__(self) -> None:
         for name, table in (("kl_schedule", SCHEDULES), ("objective", OBJECTIVES), ("lr_schedule", LR_SCHEDULES)):
             if getattr(self, name) not in table:
@@ -78,8 +80,8 @@ class RunArguments:
         SCHEDULES[self.kl_schedule](**self.kl_options)  # checks the values
         if self.num_epochs is None and self.max_steps is None:
             raise ValueError("num_epochs and max_steps: received neither, expected one of them")
-        if self.monitor not in _MONITORS:
-            raise ValueError(f"monitor: received {self.monitor!r}, expected one of {', '.join(_MONITORS)}")
+        if self.monitor not in self.monitors:
+            raise ValueError(f"monitor: received {self.monitor!r}, expected one of {', '.join(self.monitors)}")
         if self.monitor == "last" and self.patience is not None:
             raise ValueError(f"patience: received {self.patience} with monitor 'last', expected a figure to watch, or None")
         for name in _COUNTS:
@@ -169,7 +171,6 @@ def by_name(option: str, value: str | Mapping[str, Any], kinds: Mapping[str, str
     return {name: given[name if name in given else kind] for name, kind in kinds.items() if name in given or kind in given}
 
 
-_MONITORS = ("neg_elbo_nats", "reconstruction_nats", "kl_nats", "last")
 _COUNTS = (
     "max_steps", "num_epochs", "batch_size", "accumulation", "log_every", "save_every", "keep", "num_samples", "eval_every",
     "importance_samples",

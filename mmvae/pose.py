@@ -31,7 +31,7 @@ POSES = {"none": 0, "rotation": 2, "rotation+shift": 4}  # and their latent dime
 
 _TURN = 0x7475726E
 _RADIUS = 1.25  # of the angle's mean: with it and a small width, the two dimensions have the moments of a standard normal
-_OUTSIDE = 8.0  # minus the logit of the mask beyond the canonical window
+OUTSIDE = -8.0  # logit of what is opaque, beyond the canonical window
 _EDGE = 0.999  # farthest inferred shift, where its latent is still finite
 
 
@@ -77,6 +77,11 @@ def arbitrary_angle(pixels: Tensor) -> Tensor:
     levels = (255 * pixels.detach()).round().long().flatten(1)
     keys = (levels * torch.arange(1, levels.shape[1] + 1, device=levels.device)).sum(1)  # of integers: exact in any order
     return 2 * math.pi * keyed_uniform(fold(_TURN, keys), ()).float()
+
+
+def within(drawn: Tensor, places: Tensor, outside: Tensor | float) -> Tensor:
+    """What is drawn in the canonical window (B, C, h, w) at places (B, H, W, 2) of it; beyond it, ``outside``, a number or (C, 1, 1)."""
+    return sample(drawn - outside, places, "zeros") + outside
 
 
 def lay(front: Tensor, mask: Tensor, behind: Tensor) -> Tensor:
@@ -154,7 +159,9 @@ class Pose(nn.Module):
         Returns:
             (B, C, H, W).
         """
-        angle, shift = self.split(g)
-        places = grid(angle, shift, self.size, self.window)
-        # logits: a mask that is turned stays sharp
-        return lay(sample(front, places), sample(mask + _OUTSIDE, places, "zeros") - _OUTSIDE, behind)
+        places = self.places(g)
+        return lay(sample(front, places), within(mask, places, OUTSIDE), behind)  # logits: a mask that is turned stays sharp
+
+    def places(self, g: Tensor) -> Tensor:
+        """Where the pixels of a picture with this pose, latent (B, 2 or 4), lie in the canonical window: (B, H, W, 2)."""
+        return grid(*self.split(g), self.size, self.window)

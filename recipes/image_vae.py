@@ -3,19 +3,22 @@
     accelerate launch recipes/image_vae.py                                             # built-in sprites, about a minute on two cores
     accelerate launch recipes/image_vae.py --config recipes/configs/image_vae_mnist.yaml --dataset path/to/mnist
     accelerate launch recipes/image_vae.py --config recipes/configs/image_vae_eurosat.yaml --dataset path/to/eurosat
+    accelerate launch recipes/image_vae.py --label_column shape --pose none              # with classes: pictures of each, and a classifier
+    accelerate launch recipes/image_vae.py --config recipes/configs/image_classes_mnist.yaml --dataset path/to/mnist
 
 Start the same command again after a stop and it goes on where it was. Results so far: see the configs.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mmvae import ImageVAE, ImageVAEConfig
-from mmvae.data import Augmentation, ImageColumn, Loader, Rows, find_column, splits
+from mmvae.data import Augmentation, ImageColumn, Loader, find_column, splits
+from mmvae.data.partly_labelled import LabelArguments, partly_labelled
 from mmvae.density_fitting import unfitted
 from mmvae.evaluation import binarization
 from mmvae.experiment import RunArguments, finish, image_processor, make_loaders, parse, start, train
@@ -24,7 +27,7 @@ from mmvae.pictures import grid, reconstructions, traversals
 
 
 @dataclass
-class ImageArguments:
+class ImageArguments(LabelArguments):
     """Options of the model and its pictures."""
 
     image_column: str | None = field(default=None, metadata={"help": "column of the pictures; guessed when there is only one"})
@@ -74,16 +77,17 @@ class ImageRun(RunArguments):
 
 
 AUGMENTATION = ("horizontal_flip", "vertical_flip", "shift", "min_scale", "rotation", "brightness")
+DATA = ("image_column", "densities", *(option.name for option in fields(LabelArguments)))
 
 
-def walks(model: ImageVAE, start: Tensor, units: int = 8, steps: int = 9) -> tuple[Tensor, list[str]]:
+def walks(model: ImageVAE, start: Tensor, units: int = 8, steps: int = 9, **condition: Tensor) -> tuple[Tensor, list[str]]:
     """Pictures (units, steps, C, H, W) along the latent's most active dimensions, -3 to 3, and their names."""
     spread = start.flatten(1).var(0, correction=0)
     chosen = spread.argsort(descending=True)[:units]
     z = start[:1].expand(len(chosen) * steps, *start.shape[1:]).clone()
     values = torch.linspace(-3, 3, steps, device=z.device).repeat(len(chosen))
     z.flatten(1)[torch.arange(len(z)), chosen.repeat_interleave(steps)] = values
-    return model.render(z).unflatten(0, (-1, steps)), [f"z{unit}" for unit in chosen.tolist()]
+    return model.render(z, **condition).unflatten(0, (-1, steps)), [f"z{unit}" for unit in chosen.tolist()]
 
 
 def refuse_grey(likelihood: str, binarize: str, loaders: Mapping[str, Loader]) -> None:
@@ -116,10 +120,11 @@ def main() -> None:
     augmentation = Augmentation(**{key: getattr(image, key) for key in AUGMENTATION})
     column = ImageColumn(name, image.image_size, image.num_channels)
     columns = {split: replace(column, augmentation=augmentation) if split == "train" else column for split in data}
-    loaders = make_loaders(accelerator, args, {split: Rows(part, columns[split], name=args.dataset) for split, part in data.items()})
+    rows, classes = partly_labelled(data, columns, image, name=args.dataset, seed=args.seed)
+    loaders = make_loaders(accelerator, args, rows)
     refuse_grey(image.likelihood, image.binarize, loaders)
 
-    options = {key: value for key, value in vars(image).items() if key not in (*AUGMENTATION, "image_column", "densities")}
+    options = {key: value for key, value in vars(image).items() if key not in (*AUGMENTATION, *DATA)} | classes
     torch.manual_seed(args.seed)
     model = ImageVAE(ImageVAEConfig(**options)).to(memory_format=torch.channels_last)
     unfitted(model, image.densities)  # refuses what cannot be, before any work
@@ -133,13 +138,17 @@ def main() -> None:
     def draw(model: ImageVAE, figures: Path) -> dict[str, str]:
         batch = next(Loader(loaders["validation"].rows, 64, seed=args.seed).batches(0))  # the same for any batch size and number of ranks
         pixels = (transform(batch, batch["row"]) if transform else batch)["pixel_values"].to(model.device)
-        latents = model.encode(pixels).mean
-        reconstructions(pixels[:16], model.render(latents[:16]), figures / "reconstructions.png")
+        latents, likely = model.encode(pixels).mean, {}
+        if classes:
+            likely = {"class_labels": model.classify(pixel_values=pixels).argmax(1)}
+            every = torch.arange(len(classes["id2label"])).repeat_interleave(10)
+            grid(model.generate(every, generator=torch.Generator().manual_seed(args.seed)), figures / "classes.png", 10)
+        reconstructions(pixels[:16], model.reconstruct(pixel_values=pixels[:16]), figures / "reconstructions.png")
         grid(model.sample(64, torch.Generator().manual_seed(args.seed)), figures / "samples.png", 8)
         ends = latents[:12]
-        walk = model.interpolate(ends[:6], ends.flip(0)[:6], 9)
+        walk = model.interpolate(ends[:6], ends.flip(0)[:6], 9, **{name: value[:6] for name, value in likely.items()})
         grid(walk.unflatten(0, (-1, 9)), figures / "interpolation.png")
-        traversals(*walks(model, latents), figures / "traversals.png")
+        traversals(*walks(model, latents, **{name: value[0] for name, value in likely.items()}), figures / "traversals.png")
         return {}
 
     result = train(accelerator, args, model, loaders, transform=transform, show=show)

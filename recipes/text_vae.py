@@ -2,26 +2,30 @@
 
     accelerate launch recipes/text_vae.py                                              # built-in captions, about a minute
     accelerate launch recipes/text_vae.py --config recipes/configs/text_vae_ptb.yaml --dataset path/to/ptb
+    accelerate launch recipes/text_vae.py --dataset path/to/trec --label_column label --labels_per_class 50    # with classes
 
 Start the same command again after a stop and it goes on where it was. Results so far: see the configs.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 
 from mmvae import TextVAE, TextVAEConfig
-from mmvae.data import Loader, Rows, TextColumn, find_column, splits, texts_of
+from mmvae.data import Loader, TextColumn, find_column, splits, texts_of
+from mmvae.data.partly_labelled import LabelArguments, partly_labelled
 from mmvae.density_fitting import unfitted
 from mmvae.experiment import RunArguments, finish, make_loaders, make_tokenizer, parse, start, train
 from mmvae.options import mapping
 from mmvae.pictures import table
 from mmvae.processing import decode_text
 
+DATA = ("text_column", "tokenizer", "densities", *(option.name for option in fields(LabelArguments)))
+
 
 @dataclass
-class TextArguments:
+class TextArguments(LabelArguments):
     """Options of the model and its text."""
 
     text_column: str | None = field(default=None, metadata={"help": "column of the text; guessed when there is only one"})
@@ -73,10 +77,10 @@ def main() -> None:
     column = find_column(data["train"], "text", text.text_column)
     tokenizer, ids = make_tokenizer(text.tokenizer, texts_of(data["train"], column, args.dataset), text.vocab_size)
     columns = TextColumn(column, tokenizer, args.max_length, args.truncate)
-    rows = {split: Rows(part, columns, name=args.dataset) for split, part in data.items()}
+    rows, classes = partly_labelled(data, dict.fromkeys(data, columns), text, name=args.dataset, seed=args.seed)
     loaders = make_loaders(accelerator, args, rows)
 
-    options = {name: value for name, value in vars(text).items() if name not in ("text_column", "tokenizer", "densities")}
+    options = {name: value for name, value in vars(text).items() if name not in DATA} | classes
     torch.manual_seed(args.seed)
     model = TextVAE(TextVAEConfig(**options | ids))
     unfitted(model, text.densities)  # refuses what cannot be, before any work
@@ -91,16 +95,24 @@ def main() -> None:
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
         latents = model.encode(ids, mask).mean
         options = {"max_new_tokens": ids.shape[1] + 10}
-        seen, again = decode_text(tokenizer, ids), decode_text(tokenizer, model.generate(latents=latents, num_beams=4, **options))
+        again = decode_text(tokenizer, model.reconstruct(input_ids=ids, attention_mask=mask, num_beams=4, **options))
+        seen = decode_text(tokenizer, ids)
         generator = torch.Generator().manual_seed(args.seed)
         greedy = decode_text(tokenizer, model.sample(8, generator, num_beams=4, max_new_tokens=40))
         drawn = decode_text(tokenizer, model.sample(8, generator, do_sample=True, max_new_tokens=40))
-        walk = decode_text(tokenizer, model.interpolate(latents[:1], latents[-1:], 7, num_beams=4, **options))
+        likely = {"class_labels": model.classify(input_ids=ids[:1], attention_mask=mask[:1]).argmax(1)} if classes else {}
+        walk = decode_text(tokenizer, model.interpolate(latents[:1], latents[-1:], 7, num_beams=4, **options, **likely))
         tables = {
             "Reconstructions": table({"original": seen, "reconstruction (beam 4)": again}),
             "Samples": table({"from the prior, beam 4": greedy, "from the prior, sampled words": drawn}),
             "Interpolation": table({"between two sentences": walk}),
         }
+        if classes:
+            every = [number for number in classes["id2label"] for _ in range(3)]
+            drawn = decode_text(tokenizer, model.generate(class_labels=every, generator=generator, num_beams=4, max_new_tokens=40))
+            tables["Sentences by class"] = table(
+                {"class": [classes["id2label"][number] for number in every], "from the prior, beam 4": drawn}
+            )
         figures.joinpath("sentences.md").write_text("\n".join(f"## {k}\n\n{v}" for k, v in tables.items()), encoding="utf-8")
         return tables
 

@@ -39,6 +39,7 @@ class VAEOutput(ModelOutput):
         latents: (B, *event), the first sample.
         latent_mean: (B, *event), the posterior's mean.
         latent_logvar: (B, *event), the log of the posterior's variance.
+        class_log_probs: (B, N), log q(y|x) of a model with classes, whether or not it was told y.
         logits: (B, T, V), only when latents were given and text was decoded.
         past_key_values: the decoder's recurrent state while generating.
         hidden_states: where asked for, what the encoder's layers gave, what enters the first one before; when text was decoded, what the
@@ -54,6 +55,7 @@ class VAEOutput(ModelOutput):
     latents: Tensor | None = None
     latent_mean: Tensor | None = None
     latent_logvar: Tensor | None = None
+    class_log_probs: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
@@ -176,6 +178,7 @@ class VAE(PreTrainedModel):
         noise_key: Tensor | None = None,
         sample_posterior: bool | None = None,
         output_hidden_states: bool | None = None,
+        q: Posterior | None = None,
     ) -> VAEOutput:
         """Encode, sample, decode and weigh: the body of every model's ``forward``.
 
@@ -187,13 +190,18 @@ class VAE(PreTrainedModel):
             noise_key: (B,) int64 keys of the posterior's noise (see :mod:`mmvae.noise`); torch's generator when None.
             sample_posterior: sample, or use the mean; None samples in training mode only.
             output_hidden_states: return what the encoder's layers gave, too; as the configuration says when None.
+            q: the posterior of ``inputs`` where it is known already.
         """
         _at_least("num_samples", num_samples, 1)
         shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with outputs_of(self.hidden_layers() if shown else ()) as hidden_states:
-            q = self.posterior(**inputs)
+            q = self.posterior(**inputs) if q is None else q
         terms = self.terms(q, inputs, num_samples, noise_key, self.training if sample_posterior is None else sample_posterior)
-        loss_rows = -(objective or elbo)(self.weighted(terms), beta)
+        return VAEOutput(**self.weigh(terms, beta, objective or elbo), hidden_states=tuple(hidden_states) or None)
+
+    def weigh(self, terms: Terms, beta: float, objective: Objective) -> VAEOutput:
+        """What :meth:`bound` returns of terms, hidden states apart; a model that maximises more than the objective adds it here."""
+        loss_rows = -objective(self.weighted(terms), beta)
         with torch.no_grad():
             weights = terms.weights().exp()
             each = [_weighted(weights, value).mean(0) for value in terms.log_px.values()]
@@ -208,9 +216,8 @@ class VAE(PreTrainedModel):
             log_px_by_modality=torch.stack(each, 1) if len(each) > 1 else None,
             kl=kl,
             latents=terms.z[0, present, torch.arange(len(present), device=present.device)],
-            latent_mean=q.mixture.mean,
-            latent_logvar=q.mixture.variance.log(),
-            hidden_states=tuple(hidden_states) or None,
+            latent_mean=terms.q.mixture.mean,
+            latent_logvar=terms.q.mixture.variance.log(),
         )
 
     @torch.no_grad()

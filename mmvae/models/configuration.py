@@ -76,18 +76,33 @@ class VAEConfig(PreTrainedConfig):
         prior_components: K of a mixture or Vamp prior; 1 to 10,000.
         densities: options of what :func:`mmvae.density_fitting.fit_densities` fits after training, by name: "latent", p(z), from which
             samples are then drawn. See ``mmvae.densities.build_density``.
+        classifier_features: what a classifier of ``mmvae.models.heads`` reads of the posterior: its "mean"; its "moments", mean and
+            log-variance; or a "sample", which is the mean in evaluation.
+        classifier_hidden_size: width of the classifier's hidden layer; 0: there is none.
+        classifier_dropout: on what the classifier reads and on its hidden layer, [0, 1).
+        classifier_alpha: weight of the cross-entropy beside -ELBO, in a classifier's loss; None: the cross-entropy is the loss.
     """
 
     latent_dim: int = 64
     prior: str = "standard_normal"
     prior_components: int = 50
     densities: dict[str, dict[str, Any]] = field(default_factory=dict)
+    classifier_features: str = "mean"
+    classifier_hidden_size: int = 0
+    classifier_dropout: float | int = 0.0
+    classifier_alpha: float | int | None = None
 
     latent_density: ClassVar[str] = "latent"  # what the density of p(z) is called
     least_private_dim: ClassVar[int] = 0  # how many of the latent's last dimensions a joint model must leave to this modality
     # Allowed closed ranges and sets of values, by field; subclasses add theirs.
-    ranges: ClassVar[dict[str, tuple[float, float]]] = {"latent_dim": (1, 65_536), "prior_components": (1, 10_000)}
-    choices: ClassVar[dict[str, Sequence[Any]]] = {"prior": tuple(PRIORS)}
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        "latent_dim": (1, 65_536),
+        "prior_components": (1, 10_000),
+        "classifier_hidden_size": (0, 65_536),
+        "classifier_dropout": (0, 0.99),
+        "classifier_alpha": (0, 1e6),
+    }
+    choices: ClassVar[dict[str, Sequence[Any]]] = {"prior": tuple(PRIORS), "classifier_features": ("mean", "moments", "sample")}
 
     def __post_init__(self, **kwargs: Any) -> None:
         known = {f.name for f in fields(self)}
@@ -203,8 +218,8 @@ class MMVAEConfig(VAEConfig):
                 expected = f"expected at least the shared {self.latent_dim}"
                 expected += f" and {child.least_private_dim} that it keeps to itself" if child.least_private_dim else ""
                 raise ValueError(f"MMVAEConfig.modalities[{name!r}].latent_dim: received {child.latent_dim}, {expected}")
-            for field_, none in (("prior", "standard_normal"), ("densities", {})):
-                if getattr(child, field_) != none:
+            for field_, none in (("prior", "standard_normal"), ("densities", {}), ("num_classes", 0)):
+                if getattr(child, field_, none) != none:
                     expected = f"expected {none!r}: what is known of the latent is the joint model's"
                     raise ValueError(f"MMVAEConfig.modalities[{name!r}].{field_}: received {getattr(child, field_)!r}, {expected}")
         bind("MMVAEConfig.aggregation_options", AGGREGATIONS[self.aggregation], self.aggregation_options, ("experts", "visible", "prior"))
@@ -307,11 +322,11 @@ def refuse_unknown(module: nn.Module, received: Mapping[str, Any]) -> None:
 
     Arguments:
         module: whose ``forward`` was called.
-        received: the arguments that none of its parameters took.
+        received: the arguments that none of its parameters took; conditions of the module are among those that it knows.
 
     Raises:
         TypeError: naming the argument and the parameter nearest to it.
     """
-    for name in received.keys() - FOREIGN_ARGUMENTS:
+    for name in received.keys() - FOREIGN_ARGUMENTS - set(module.condition_names):
         known = inspect.signature(module.forward).parameters.keys() - {"kwargs"}
         raise TypeError(f"{type(module).__name__}.forward: unknown argument {name!r}; the nearest one is {nearest(name, known)!r}")

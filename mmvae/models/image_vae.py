@@ -21,7 +21,8 @@ from mmvae.aggregation import Posterior
 from mmvae.distributions import DiagNormal
 from mmvae.likelihoods import LIKELIHOODS, SCALES, Likelihood
 from mmvae.models.base import VAEOutput
-from mmvae.models.configuration import VAEConfig, refuse_unknown
+from mmvae.models.classes import ClassVAE, ClassVAEConfig
+from mmvae.models.configuration import refuse_unknown
 from mmvae.models.tiling import TiledModel
 from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, fold_leading
 from mmvae.objectives import Objective
@@ -33,8 +34,8 @@ BINARIZATIONS = ("none", "threshold", "dynamic")
 
 
 @strict
-class ImageVAEConfig(VAEConfig):
-    """Configuration of an :class:`ImageVAE`.
+class ImageVAEConfig(ClassVAEConfig):
+    """Configuration of an :class:`ImageVAE`, with classes or without; see :class:`ClassVAEConfig`.
 
     Arguments:
         image_size: pixels per side, or [height, width]; 4 to 4,096.
@@ -77,7 +78,7 @@ class ImageVAEConfig(VAEConfig):
     input_noise: float | int = 0.0
     binarize: str = "none"
 
-    ranges: ClassVar[dict[str, tuple[float, float]]] = VAEConfig.ranges | {
+    ranges: ClassVar[dict[str, tuple[float, float]]] = ClassVAEConfig.ranges | {
         "image_size": (4, 4096),
         "hidden_channels": (1, 4096),
         "num_blocks": (0, 64),
@@ -86,7 +87,7 @@ class ImageVAEConfig(VAEConfig):
         "scale": (1e-3, 10),
         "input_noise": (0, 10),
     }
-    choices: ClassVar[dict[str, tuple[Any, ...]]] = VAEConfig.choices | {
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = ClassVAEConfig.choices | {
         "num_channels": (1, 3, 4),
         "norm": tuple(NORMS),
         "pose": tuple(POSES),
@@ -147,11 +148,14 @@ class ImageVAEConfig(VAEConfig):
             ):
                 if wrong:
                     raise ValueError(f"ImageVAEConfig.{name}: received {getattr(self, name)!r} with a pose, expected {expected}")
+        if self.num_classes and (self.pose != "none" or self.spatial_latent):
+            with_ = f"pose {self.pose!r}" if self.pose != "none" else "spatial_latent"
+            raise ValueError(f"ImageVAEConfig.num_classes: received {self.num_classes} with {with_}, expected 0")
         if self.prior == "vamp" and self.norm == "batch":
             raise ValueError("ImageVAEConfig.norm: received 'batch', expected 'group' or 'none' with prior 'vamp'")
 
 
-class ImageVAE(TiledModel):
+class ImageVAE(ClassVAE, TiledModel):
     """Convolutional VAE over images; see the module's docstring for sizes.
 
     Example:
@@ -182,8 +186,9 @@ class ImageVAE(TiledModel):
             self.from_latent: nn.Module = nn.Conv2d(config.latent_dim, width, 3, padding=1)
         else:
             self.to_moments = nn.Linear(width * height * across, self.content_dim + config.latent_dim)
-            self.from_latent = nn.Linear(self.content_dim, width * height * across)
+            self.from_latent = nn.Linear(self.content_dim + config.num_classes, width * height * across)
         self.behind = nn.Linear(self.content_dim, channels) if self.pose else None
+        self.build_classes(width * height * across)
         self.latent_prior = self.build_prior()
         self.post_init()
 
@@ -229,34 +234,42 @@ class ImageVAE(TiledModel):
                 renders other sizes too if the stride divides them; its ``forward`` does not. Also for floats outside [0, 1], but only
                 in the host's memory: on an accelerator the comparison would wait for the device.
         """
+        return self._infer(self._seen(pixel_values))
+
+    def _seen(self, pixel_values: Tensor) -> Tensor:
+        """What is encoded: pixels in [0, 1], with input noise in training."""
         self._check(pixel_values, any_size=self.config.spatial_latent)
         pixels = self.target(pixel_values=pixel_values)
-        if self.training and self.config.input_noise:
-            pixels = pixels + self.config.input_noise * torch.randn_like(pixels)
-        return self._infer(pixels)
+        noise = self.config.input_noise if self.training else 0
+        return pixels + noise * torch.randn_like(pixels) if noise else pixels
 
     def _infer(self, pixels: Tensor) -> DiagNormal:
         """q(z|x) of pixels in [0, 1], (B, C, H, W)."""
         if self.pose is None:
-            return DiagNormal(*self._moments(pixels), len(self.latent_shape))
+            return self.latent_given(self._trunk(pixels))
         pixels = pixels.float()
         shift = self.pose.locate(pixels)
         # the content is inferred from the object turned anyhow, and so cannot know its angle
-        loc, logvar = self._moments(self.pose.cut(pixels, shift, arbitrary_angle(pixels)))
+        moments = self.to_moments(self._trunk(self.pose.cut(pixels, shift, arbitrary_angle(pixels))))
+        loc, logvar = moments.tensor_split([self.content_dim], 1)
         with torch.no_grad():
             drawn = self.likelihood(lay(*self._canonical(loc))).mean
             angle = self.pose.match(self.pose.cut(pixels, shift, torch.zeros_like(shift[:, 0])), drawn.float())
         logvar = torch.cat([logvar[:, : self.content_dim], logvar[:, self.content_dim :] + _NARROW], 1)
         return DiagNormal(torch.cat([loc, self.pose.latent(angle, shift)], 1), logvar)
 
-    def _moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The content's mean and the latent's log-variance, from what the trunk sees."""
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """What the trunk makes of pixels (B, C, H, W), as a vector (B, F)."""
+        return self._trunk(self._seen(pixel_values))
+
+    def _trunk(self, pixels: Tensor) -> Tensor:
+        """What the posterior is read off: (B, F), or (B, F, h, w) with a spatial latent."""
         x, stride = 2 * pixels.to(self.dtype) - 1, self.config.stride
         height, width = x.shape[-2:]
         if height % stride or width % stride:
             x = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
         h = self.encoder(x)
-        return self.to_moments(h if self.config.spatial_latent else h.flatten(1)).tensor_split([self.content_dim], 1)
+        return h if self.config.spatial_latent else h.flatten(1)
 
     def _canonical(self, content: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Object (B, C, h, w), logits of its mask (B, 1, h, w) and background (B, C) of contents (B, D)."""
@@ -264,22 +277,21 @@ class ImageVAE(TiledModel):
         drawn = self.decoder(self.from_latent(content).unflatten(1, (-1, *self.config.bottom_size)))[..., :height, :width]
         return drawn[:, :-1], drawn[:, -1:], self.behind(content)
 
-    def decode(self, z: Tensor) -> Distribution:
-        """p(x|z).
+    def decode(self, z: Tensor, class_labels: Tensor | None = None) -> Distribution:
+        """p(x|z), or p(x|y, z).
 
         Arguments:
             z: (*, B, D) or (*, B, D, h, w).
+            class_labels: y, (*, B) int64, of a model with classes.
 
         Returns:
             A distribution of batch (*, B) and event (C, H, W).
 
         Raises:
-            ValueError: for latents of another width than the model's.
+            ValueError: for latents of another width, or classes that are not the model's.
         """
-        event = len(self.latent_shape)
-        if z.shape[-event] != self.config.latent_dim:
-            raise ValueError(f"latents: received shape {tuple(z.shape)}, expected {self.config.latent_dim} at dimension {-event}")
-        flat, leading = fold_leading(z.to(self.dtype), event)
+        self.check_latents(z)
+        flat, leading = fold_leading(self.with_class(z, class_labels).to(self.dtype), len(self.latent_shape))
         if self.pose is not None:
             output = self.pose.place(*self._canonical(flat[:, : self.content_dim]), flat[:, self.content_dim :])
         else:
@@ -289,20 +301,14 @@ class ImageVAE(TiledModel):
             output = self.decoder(h)[..., :height, :width]
         return self.likelihood(output.unflatten(0, leading) if leading else output[0])
 
-    def _picture_size(self, bottom: Tensor) -> tuple[int, int]:
-        """(H, W) of the picture with this (*, h, w) at the bottom of the trunk."""
-        height, width = bottom.shape[-2:]
-        stride, configured = self.config.stride, (height, width) == self.config.bottom_size
-        return self.config.height_width if configured else (height * stride, width * stride)
-
     def target(self, pixel_values: Tensor) -> Tensor:
         """The pixels that p(x|z) scores: (B, C, H, W) float in [0, 1]."""
         return pixel_values.float() / 255 if pixel_values.dtype == torch.uint8 else pixel_values
 
     @torch.no_grad()
-    def render(self, z: Tensor) -> Tensor:
-        """Pictures: the mean of p(x|z), (B, C, H, W) float32 in [0, 1]."""
-        return self.decode(z).mean.float().clamp(0, 1)
+    def render(self, z: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Pictures: the mean of p(x|z) or p(x|y, z), (B, C, H, W) float32 in [0, 1]."""
+        return self.decode(z, class_labels).mean.float().clamp(0, 1)
 
     @can_return_tuple
     def forward(
@@ -322,27 +328,14 @@ class ImageVAE(TiledModel):
         Arguments:
             pixel_values: (B, C, H, W), uint8 or float in [0, 1].
             return_loss: there for ``transformers.Trainer``; the loss is always returned.
-            kwargs: what transformers hands to every model and this one has no use for; any other name is a TypeError.
+            kwargs: ``labels`` (B,) int64, -100 where unknown, of a model with classes (as an argument of its own it would keep ``Trainer``
+                from a loss without labels); what else transformers hands to every model; any other name is a TypeError.
         """
         refuse_unknown(self, kwargs)
-        return self.bound({"pixel_values": pixel_values}, beta, num_samples, objective, noise_key, sample_posterior, output_hidden_states)
+        inputs = {"pixel_values": pixel_values, "labels": kwargs.get("labels")}
+        return self.bound(inputs, beta, num_samples, objective, noise_key, sample_posterior, output_hidden_states)
 
-    def log_px(self, z: Tensor, q: Posterior, pixel_values: Tensor) -> dict[str, Tensor]:
+    def log_px(self, z: Tensor, q: Posterior, pixel_values: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
         """log p(x|z), (S, K, B) nats; the prior, and so every bound, is about the configured size."""
         self._check(pixel_values)
-        return super().log_px(z, q, pixel_values=pixel_values)
-
-    def _check(self, pixel_values: Tensor, any_size: bool = False) -> None:
-        if not isinstance(pixel_values, Tensor):
-            raise TypeError(f"pixel_values: received a {type(pixel_values).__name__}, expected a tensor")
-        expected, shape, stride = (self.config.num_channels, *self.config.height_width), tuple(pixel_values.shape), self.config.stride
-        if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values: received {pixel_values.dtype}, expected torch.uint8, or floating point in [0, 1]")
-        divides = len(shape) == 4 and shape[1] == expected[0] and not any(side % stride for side in shape[2:])
-        if len(shape) != 4 or not (shape[1:] == expected or (any_size and divides)):
-            other = f", or sides that {stride} divides" if any_size else ""
-            raise ValueError(f"pixel_values: received shape {shape}, expected (batch, {', '.join(map(str, expected))}){other}")
-        if pixel_values.is_floating_point() and pixel_values.is_cpu and pixel_values.numel() and not torch.compiler.is_compiling():
-            low, high = (float(bound) for bound in pixel_values.aminmax())
-            if not (low >= -1e-3 and high <= 1 + 1e-3):  # rounding is forgiven, NaN is not
-                raise ValueError(f"pixel_values: received values from {low} to {high}, expected floats in [0, 1] or torch.uint8")
+        return super().log_px(z, q, pixel_values=pixel_values, **inputs)

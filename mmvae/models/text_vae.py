@@ -10,6 +10,7 @@ References:
     Bowman et al. (2016), Generating sentences from a continuous space, https://arxiv.org/abs/1511.06349
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,15 +21,15 @@ from transformers.utils.generic import can_return_tuple
 
 from mmvae.distributions import Autoregressive, DiagNormal
 from mmvae.models.base import VAEOutput
-from mmvae.models.configuration import VAEConfig, refuse_unknown
-from mmvae.models.unimodal import VAEModel
-from mmvae.nn import GRUDecoder, GRUEncoder, fold_leading, linear_cross_entropy, right_padded
+from mmvae.models.classes import ClassVAE, ClassVAEConfig
+from mmvae.models.configuration import refuse_unknown
+from mmvae.nn import GRUDecoder, GRUEncoder, GRUState, fold_leading, linear_cross_entropy, right_padded
 from mmvae.objectives import Objective
 
 
 @strict
-class TextVAEConfig(VAEConfig):
-    """Configuration of a :class:`TextVAE`.
+class TextVAEConfig(ClassVAEConfig):
+    """Configuration of a :class:`TextVAE`, with classes or without; see :class:`ClassVAEConfig`.
 
     Arguments:
         vocab_size: V; 2 to 4,194,304.
@@ -66,7 +67,7 @@ class TextVAEConfig(VAEConfig):
     eos_token_id: int = 2
     unk_token_id: int = 3
 
-    ranges: ClassVar[dict[str, tuple[float, float]]] = VAEConfig.ranges | {
+    ranges: ClassVar[dict[str, tuple[float, float]]] = ClassVAEConfig.ranges | {
         "vocab_size": (2, 4_194_304),
         "embedding_size": (1, 16_384),
         "hidden_size": (1, 16_384),
@@ -86,29 +87,7 @@ class TextVAEConfig(VAEConfig):
                 raise ValueError(f"TextVAEConfig.{name}: received {getattr(self, name)}, expected 0 to {self.vocab_size - 1}")
 
 
-class GRUState:
-    """What the decoder carries from one generated token to the next.
-
-    Arguments:
-        hidden: (layers, B, H).
-        length: tokens read so far.
-    """
-
-    is_compileable = False
-
-    def __init__(self, hidden: Tensor, length: int):
-        self.hidden, self.length = hidden, length
-
-    def get_seq_length(self) -> int:
-        """Tokens read so far."""
-        return self.length
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i go on from row ``beam_idx[i]``."""
-        self.hidden = self.hidden.index_select(1, beam_idx)
-
-
-class TextVAE(VAEModel, GenerationMixin):
+class TextVAE(ClassVAE, GenerationMixin):
     """GRU sentence VAE; see the module's docstring for the equations.
 
     Example:
@@ -133,7 +112,7 @@ class TextVAE(VAEModel, GenerationMixin):
             config.vocab_size,
             config.embedding_size,
             config.hidden_size,
-            config.latent_dim,
+            config.latent_dim + config.num_classes,
             num_layers=config.decoder_layers,
             embedding_dropout=config.embedding_dropout,
             dropout=config.dropout,
@@ -146,6 +125,7 @@ class TextVAE(VAEModel, GenerationMixin):
         )
         self.to_moments = nn.Linear(self.encoder.output_size, 2 * config.latent_dim)
         self.lm_head = nn.Linear(config.embedding_size if config.tie_word_embeddings else config.hidden_size, config.vocab_size)
+        self.build_classes(self.encoder.output_size)
         self.latent_prior = self.build_prior()
         self.post_init()
 
@@ -194,25 +174,32 @@ class TextVAE(VAEModel, GenerationMixin):
             TypeError: for ids or a mask that are not tensors.
             ValueError: for ids of another shape than (B, T), a mask of another shape than theirs, or none where padding is BOS or EOS.
         """
+        return self.latent_given(self.features(input_ids, attention_mask, inputs_embeds))
+
+    def features(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        """The encoder's summary (B, F) of rows that are given as to :meth:`encode`."""
         if inputs_embeds is None:
             input_ids, real = self._sentences(input_ids, attention_mask)
             inputs_embeds = (self.decoder.embed_tokens if self.encoder_embedding is None else self.encoder_embedding)(input_ids)
         else:
             mask = inputs_embeds.new_ones(inputs_embeds.shape[:2]) if attention_mask is None else attention_mask
             inputs_embeds, real = right_padded(inputs_embeds, mask)
-        summary = self.encoder(self.encoder_dropout(inputs_embeds), real.sum(1).clamp_min(1))[1]
-        return DiagNormal(*self.to_moments(summary).chunk(2, -1))
+        return self.encoder(self.encoder_dropout(inputs_embeds), real.sum(1).clamp_min(1))[1]
 
-    def decode(self, z: Tensor) -> Autoregressive:
-        """p(x|z), teacher-forced; its event is what :meth:`target` gives.
+    def decode(self, z: Tensor, class_labels: Tensor | None = None) -> Autoregressive:
+        """p(x|z) or p(x|y, z), teacher-forced; its event is what :meth:`target` gives.
 
         Arguments:
             z: (*, B, D).
+            class_labels: y, (*, B) int64, of a model with classes.
 
         Raises:
-            ValueError: for latents of another width than the model's.
+            ValueError: for latents of another width, or classes that are not the model's.
         """
-        self._check_latents(z)
+        self.check_latents(z)
+        z = self.with_class(z, class_labels)
         return Autoregressive(lambda target: self._token_log_prob(z, target), z.shape[:-1])
 
     def target(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -259,21 +246,24 @@ class TextVAE(VAEModel, GenerationMixin):
         Arguments:
             input_ids: (B, T) int64, BOS ... EOS, padded at either side.
             attention_mask: (B, T), 1 on real tokens; made from ``pad_token_id`` when None.
-            latents: (B, D); then ``input_ids`` is a prefix and the output holds ``logits`` (B, T, V).
+            latents: (B, D); then ``input_ids`` is a prefix and the output holds ``logits`` (B, T, V). A model with classes takes
+                ``class_labels`` (B,) with them, and otherwise ``labels`` (B,), -100 where unknown; not as arguments of their own, which
+                would keep ``Trainer`` from a loss without labels.
             past_key_values, use_cache: the decoder's state while generating.
             return_loss: there for ``transformers.Trainer``; the loss is always returned.
-            kwargs: what transformers hands to every model and this one has no use for; any other name is a TypeError.
+            kwargs: those, and what transformers hands to every model and this one has no use for; any other name is a TypeError.
         """
         refuse_unknown(self, kwargs)
         if latents is not None:
-            self._check_latents(latents)
+            self.check_latents(latents)
             self._check(input_ids)
+            latents = self.with_class(latents, kwargs.get("class_labels"))
             hidden = None if past_key_values is None else past_key_values.hidden
             seen = 0 if past_key_values is None else past_key_values.length
             states, hidden = self.decoder(input_ids, latents.to(self.dtype), hidden)
             state = GRUState(hidden, seen + input_ids.shape[1]) if use_cache else None
             return VAEOutput(logits=self.lm_head(states), past_key_values=state, hidden_states=(states,) if output_hidden_states else None)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": kwargs.get("labels")}
         return self.bound(inputs, beta, num_samples, objective, noise_key, sample_posterior, output_hidden_states)
 
     @classmethod
@@ -284,21 +274,33 @@ class TextVAE(VAEModel, GenerationMixin):
         self,
         input_ids: Tensor,
         latents: Tensor | None = None,
+        class_labels: Tensor | None = None,
         past_key_values: GRUState | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What ``forward`` needs for the next token: the new tokens only, once there is a state."""
         seen = 0 if past_key_values is None else past_key_values.length
         kept = {name: kwargs.get(name) for name in ("use_cache", "output_hidden_states")}
+        kept |= {} if class_labels is None else {"class_labels": class_labels}
         return {"input_ids": input_ids[:, seen:], "latents": latents, "past_key_values": past_key_values, **kept}
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor | None = None, latents: Tensor | None = None, **options: Any) -> Any:
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        latents: Tensor | None = None,
+        class_labels: Tensor | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Any:
         """Token ids of sentences, BOS first, by any strategy of transformers' ``GenerationMixin``.
 
         Arguments:
             input_ids: (B, T) sentences to reconstruct from their posterior means; not a prefix.
             latents: (B, D), instead.
+            class_labels: (B,) classes of a model that has them; alone, with latents from p(z): ``generate(class_labels=[3, 3, 7])``. With
+                ``input_ids`` the likeliest classes when None.
+            generator: makes these latents repeatable; torch's global generator when None.
             options: of ``GenerationMixin.generate``: ``max_new_tokens`` (64), ``num_beams``, ``do_sample``, ``temperature``, ...
 
         Returns:
@@ -307,15 +309,20 @@ class TextVAE(VAEModel, GenerationMixin):
         Raises:
             ValueError: when neither or both are given.
         """
-        if (latents is None) == (input_ids is None):
+        if (latents is None) == (input_ids is None) and (input_ids is not None or class_labels is None):
             raise ValueError(f"generate: received {'neither' if latents is None else 'both'} latents and input_ids, expected one of them")
-        if latents is None:
-            latents = self.encode(input_ids=input_ids, attention_mask=options.pop("attention_mask", None)).mean
-        self._check_latents(latents)
+        if input_ids is not None:
+            given = {"input_ids": input_ids, "attention_mask": options.pop("attention_mask", None), "class_labels": class_labels}
+            return self.reconstruct(**{name: value for name, value in given.items() if value is not None}, **options)
+        latents = self._latents_for(class_labels, generator) if latents is None else latents
+        self.check_latents(latents)
+        if class_labels is not None or self.config.num_classes:
+            self.with_class(latents, class_labels)  # refuses what is wrong by its name
+            options["class_labels"] = torch.as_tensor(class_labels, device=latents.device).expand(len(latents))
         lengths, defaults = ("max_new_tokens", "max_length"), options.get("generation_config") or self.generation_config
         if all(options.get(name) is None and getattr(defaults, name) is None for name in lengths):
             options["max_new_tokens"] = 64  # as an option: in generation_config it would silently win over a caller's max_length
-        return super().generate(latents=latents, **options)
+        return GenerationMixin.generate(self, latents=latents, **options)
 
     def render(self, z: Tensor, **options: Any) -> Tensor:
         """Sentences as token ids; see :meth:`generate`."""
@@ -341,7 +348,3 @@ class TextVAE(VAEModel, GenerationMixin):
         if input_ids is None or input_ids.dim() != 2 or not input_ids.shape[1]:
             shape = None if input_ids is None else tuple(input_ids.shape)
             raise ValueError(f"input_ids: received shape {shape}, expected (batch, tokens) with at least one token")
-
-    def _check_latents(self, z: Tensor) -> None:
-        if z.shape[-1] != self.config.latent_dim:
-            raise ValueError(f"latents: received shape {tuple(z.shape)}, expected (..., {self.config.latent_dim})")

@@ -1,4 +1,4 @@
-"""Large pictures tile by tile: encoding and rendering with a spatial latent, in memory that depends on the tile."""
+"""Sizes of pictures: which ones a model takes, and large ones tile by tile with a spatial latent, in memory that depends on the tile."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,28 @@ from mmvae.nn import receptive_radius
 
 
 class TiledModel(VAEModel):
-    """Tiles for a model with trunks and a spatial latent between them, as :class:`mmvae.models.image_vae.ImageVAE` has."""
+    """Sizes and tiles for a model with trunks and a latent between them, as :class:`mmvae.models.image_vae.ImageVAE` has."""
+
+    def _check(self, pixel_values: Tensor, any_size: bool = False) -> None:
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(f"pixel_values: received a {type(pixel_values).__name__}, expected a tensor")
+        expected, shape, stride = (self.config.num_channels, *self.config.height_width), tuple(pixel_values.shape), self.config.stride
+        if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values: received {pixel_values.dtype}, expected torch.uint8, or floating point in [0, 1]")
+        divides = len(shape) == 4 and shape[1] == expected[0] and not any(side % stride for side in shape[2:])
+        if len(shape) != 4 or not (shape[1:] == expected or (any_size and divides)):
+            other = f", or sides that {stride} divides" if any_size else ""
+            raise ValueError(f"pixel_values: received shape {shape}, expected (batch, {', '.join(map(str, expected))}){other}")
+        if pixel_values.is_floating_point() and pixel_values.is_cpu and pixel_values.numel() and not torch.compiler.is_compiling():
+            low, high = (float(bound) for bound in pixel_values.aminmax())
+            if not (low >= -1e-3 and high <= 1 + 1e-3):  # rounding is forgiven, NaN is not
+                raise ValueError(f"pixel_values: received values from {low} to {high}, expected floats in [0, 1] or torch.uint8")
+
+    def _picture_size(self, bottom: Tensor) -> tuple[int, int]:
+        """(H, W) of the picture with this (*, h, w) at the bottom of the trunk."""
+        height, width = bottom.shape[-2:]
+        stride, configured = self.config.stride, (height, width) == self.config.bottom_size
+        return self.config.height_width if configured else (height * stride, width * stride)
 
     def encode_tiled(self, pixel_values: Tensor, tile_size: int = 64) -> DiagNormal:
         """:meth:`encode` of a large picture with a spatial latent, tile by tile with overlap, in memory that depends on the tile.

@@ -62,6 +62,12 @@ class VAEModel(VAE):
         p = self.decode(z, **self._only(self.condition_names, inputs))
         return {self.main_input_name: p.log_prob(self.target(**self._only(self.input_names, inputs)))}
 
+    def check_latents(self, z: Tensor) -> None:
+        """Refuse latents of another width than the model's, naming it."""
+        dim = -len(self.latent_shape)
+        if z.shape[dim] != self.config.latent_dim:
+            raise ValueError(f"latents: received shape {tuple(z.shape)}, expected {self.config.latent_dim} at dimension {dim}")
+
     @staticmethod
     def _only(names: tuple[str, ...], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for name, value in inputs.items() if name in names}
