@@ -1,4 +1,4 @@
-"""What training rows tell beside the figures of a joint model: what the nearest text says, what a linear classifier reads in the latent.
+"""What training rows tell beside the figures of a model: what the nearest text says, what a linear classifier reads in the latent.
 
     probe:     argmax softmax(W E[z|x] + b), fitted to the posterior means of the training rows
     retrieval: the other half of the training row whose text has the largest cosine of TF-IDF vectors
@@ -22,8 +22,8 @@ from torch import Tensor
 from mmvae.classifiers import labelled_coherence
 from mmvae.coherence import chunks
 from mmvae.data import Rows, TextColumn
-from mmvae.joint_processing import MMVAEProcessor
 from mmvae.metrics import text_scores
+from mmvae.models.base import VAE
 from mmvae.models.mmvae import MMVAE
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ _MOST_SCORES = 1 << 23  # cosines held at once
 
 
 @torch.no_grad()
-def posterior_means(accelerator: Accelerator, model: MMVAE, rows: Rows) -> dict[str, tuple[Tensor, Tensor]]:
-    """E[z|x] of the shared latent, where all modalities that a row has are visible, and where one of them is.
+def posterior_means(accelerator: Accelerator, model: VAE, rows: Rows) -> dict[str, tuple[Tensor, Tensor]]:
+    """E[z|x], of a joint model that of the shared latent, where all modalities that a row has are visible, and where one of them is.
 
     Arguments:
         accelerator: its ranks share the rows, and all get the means.
@@ -44,25 +44,32 @@ def posterior_means(accelerator: Accelerator, model: MMVAE, rows: Rows) -> dict[
         rows: with the columns of all modalities.
 
     Returns:
-        For "all" and by modality, the numbers (N,) int64 of the rows that have it, ascending, and the means (N, D) float32.
+        By modality, and of a joint model for "all", the numbers (N,) int64 of the rows that have it, ascending, and the means (N, D)
+        float32.
     """
-    chosen = torch.eye(len(model.modalities), dtype=torch.bool, device=accelerator.device)
-    subsets = {"all": torch.ones_like(chosen[0])} | dict(zip(model.modalities, chosen, strict=True))
     parts = []
     for n, numbers, inputs in chunks(accelerator, model, rows):
         means = {}
-        for name, subset in subsets.items():
-            visible = inputs["present"] & subset
-            mean = model.posterior(**inputs | {"present": visible, "visible": visible}).mixture.mean.float().cpu()
-            keep = visible.any(1).cpu()
+        for name, seen in _views(model, inputs).items():
+            mean = model.posterior(**seen).mixture.mean.flatten(1).float().cpu()
+            keep = seen["visible"].any(1).cpu() if "visible" in seen else torch.ones(len(mean), dtype=torch.bool)
             means[name] = numbers[keep], mean[keep]
         parts.append((n, means))
     parts = [means for _, means in sorted(gather_object(parts), key=lambda part: part[0])]
-    return {name: tuple(torch.cat(x) for x in zip(*(means[name] for means in parts), strict=True)) for name in subsets}
+    return {name: tuple(torch.cat(x) for x in zip(*(means[name] for means in parts), strict=True)) for name in parts[0]}
+
+
+def _views(model: VAE, inputs: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What a model infers its latent from: what a row has, and of a joint model also each modality alone."""
+    if not isinstance(model, MMVAE):
+        return {model.input_modalities[0]: inputs}
+    chosen = torch.eye(len(model.modalities), dtype=torch.bool, device=inputs["present"].device)
+    visible = {name: inputs["present"] & subset for name, subset in zip(model.modalities, chosen, strict=True)}
+    return {name: inputs | {"present": each, "visible": each} for name, each in ({"all": inputs["present"]} | visible).items()}
 
 
 def linear_probe(
-    accelerator: Accelerator, model: MMVAE, rows: Rows, labels: Sequence[Any], known: Rows, known_labels: Sequence[Any]
+    accelerator: Accelerator, model: VAE, rows: Rows, labels: Sequence[Any], known: Rows, known_labels: Sequence[Any]
 ) -> dict[str, float]:
     """How often a linear classifier tells the class of a row from its posterior's mean.
 
@@ -72,8 +79,8 @@ def linear_probe(
         known, known_labels: of the training rows.
 
     Returns:
-        ``probe/all`` and ``probe/<modality>``, accuracies in [0, 1] among the rows that have the modality, where training rows have it too;
-        a class that no training row has is never told. ``probe/majority``: the share of the most frequent training class.
+        ``probe/<modality>``, and of a joint model ``probe/all``, accuracies in [0, 1] among the rows that have the modality, where training
+        rows have it too; a class that no training row has is never told. ``probe/majority``: the share of the most frequent training class.
     """
     numbers = {label: number for number, label in enumerate(dict.fromkeys(known_labels))}
     truths, known_truths = (torch.tensor([numbers.get(label, -1) for label in each]) for each in (labels, known_labels))
@@ -161,8 +168,8 @@ def _pairs(data: Any, first: str, second: str) -> tuple[list[str], list[str]]:
 
 def evaluate_by_training_rows(
     accelerator: Accelerator,
-    model: MMVAE,
-    processor: MMVAEProcessor,
+    model: VAE,
+    processor: Any,
     rows: Rows,
     data: Any,
     training_rows: Callable[[], Any],
@@ -172,11 +179,12 @@ def evaluate_by_training_rows(
     seed: int = 0,
 ) -> dict[str, float]:
     """All figures for which training rows are read: of texts made from texts what retrieval gets, of labelled data the probe and coherence.
+    A model of one modality has the probe alone.
 
     Arguments:
         accelerator, model, rows, num_generated, seed: as for :func:`mmvae.coherence.class_coherence`; with ``num_generated`` 0 there is the
             probe alone.
-        processor: the model's.
+        processor: the model's; of a joint one it is used.
         data: what ``rows`` are of.
         training_rows: gives them, and is only called where they are needed.
         label: column of names or whole numbers, of both; rows that lack it are left out. None: there are no classes.
@@ -205,7 +213,7 @@ def evaluate_by_training_rows(
     rows = rows if labelled is data else Rows(labelled, rows.columns, name=rows.name, on_empty="skip")
     known_rows = Rows(known, rows.columns, name=f"{rows.name}, training rows", on_empty="skip")
     figures |= linear_probe(accelerator, model, rows, labelled[label][:], known_rows, known[label][:])
-    if num_generated:
+    if num_generated and isinstance(model, MMVAE):
         options = {"num_generated": num_generated, "seed": seed}
         figures |= labelled_coherence(accelerator, model, processor, rows, labelled, known, label, **options)
     return figures

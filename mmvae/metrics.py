@@ -70,6 +70,87 @@ def ssim(pixels: Tensor, reference: Tensor) -> Tensor:
     return torch.as_tensor(value).reshape(len(pixels))
 
 
+def overlaps(predicted: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    r"""How many pixels of a mask have a class in both, and in either: sums over rows give :math:`\mathrm{IoU}_c = \sum I_c / \sum U_c`.
+
+    Arguments:
+        predicted: (B, *) whole numbers below ``num_classes``.
+        labels: (B, *) whole numbers; pixels of any other class than those below ``num_classes`` are left out.
+        num_classes: N.
+
+    Returns:
+        Intersection and union, (B, N) float64 each.
+    """
+    predicted, labels = predicted.flatten(1).unsqueeze(-1), labels.flatten(1).unsqueeze(-1)
+    classes = torch.arange(num_classes, device=labels.device)
+    known = (labels >= 0) & (labels < num_classes)
+    found, true = (predicted == classes) & known, labels == classes
+    return (found & true).sum(1).double(), (found | true).sum(1).double()
+
+
+def classification(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    r"""How good class probabilities are (torchmetrics).
+
+    Arguments:
+        logits: (B, N), N >= 2.
+        labels: (B,) int64, numbers of classes; rows of -100 are left out.
+
+    Returns:
+        ``accuracy`` and ``error``, 1 - accuracy; ``macro_f1``, the mean over the classes that there are or that were told;
+        ``calibration_error``, :math:`\sum_b \frac{n_b}{n} |\mathrm{accuracy}_b - \mathrm{confidence}_b|` over 15 bins of confidence;
+        ``cross_entropy_nats`` per row, -log p(y|x).
+
+    Raises:
+        ValueError: there is no row with a label.
+
+    References:
+        Guo et al. (2017), On calibration of modern neural networks, https://arxiv.org/abs/1706.04599
+    """
+    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
+
+    logits, labels = logits[labels != -100].float(), labels[labels != -100]
+    if not len(labels):
+        raise ValueError("labels: received none but -100, expected at least one row with a label")
+    told, classes = logits.argmax(1), logits.shape[1]
+    accuracy = (told == labels).double().mean().item()
+    return {
+        "accuracy": accuracy,
+        "error": 1 - accuracy,
+        "macro_f1": multiclass_f1_score(told, labels, classes, average="macro").item(),
+        "calibration_error": multiclass_calibration_error(logits.softmax(1), labels, classes, n_bins=15, norm="l1").item(),
+        "cross_entropy_nats": torch.nn.functional.cross_entropy(logits.double(), labels).item(),
+    }
+
+
+def confusion(told: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """How many rows of each class were told to be of each: (N, N) int64, a row for every true class.
+
+    Arguments:
+        told, labels: (B,) int64; rows of label -100 are left out.
+        num_classes: N.
+    """
+    known = labels != -100
+    return (labels[known] * num_classes + told[known]).bincount(minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def per_class(counts: Tensor) -> dict[str, list[float]]:
+    r"""Figures of every class from :func:`confusion`, 0 where there is nothing to divide by.
+
+    Arguments:
+        counts: (N, N).
+
+    Returns:
+        ``rows``, ``precision``, ``recall`` and ``f1`` :math:`= 2 n_{ii} / (\sum_j n_{ij} + \sum_j n_{ji})`, N each.
+
+    Example:
+        >>> per_class(torch.tensor([[3, 1], [0, 4]]))["precision"]
+        [1.0, 0.8]
+    """
+    right, true, told = counts.diagonal().double(), counts.sum(1), counts.sum(0)
+    shares = {"precision": right / told.clamp_min(1), "recall": right / true.clamp_min(1), "f1": 2 * right / (true + told).clamp_min(1)}
+    return {"rows": true.tolist()} | {name: value.tolist() for name, value in shares.items()}
+
+
 def recall_at(scores: Tensor, k: int, target: Tensor | None = None) -> Tensor:
     r"""Whether the candidate that belongs to a query is among the k best, where ties are broken at random:
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -23,6 +24,12 @@ _SHOWN_PIXELS = 64  # smaller pictures are enlarged, so that 28 pixels can be lo
 
 def _rgb(pixels: Tensor) -> Tensor:
     """(N, 1 | 3 | 4, H, W) uint8 or float in [0, 1] to (N, 3, H', W') float on the CPU, laid on white, small ones enlarged."""
+    pixels = _opaque(pixels)
+    return interpolate(pixels, scale_factor=max(_SHOWN_PIXELS // max(pixels.shape[-2:]), 1), mode="nearest")
+
+
+def _opaque(pixels: Tensor) -> Tensor:
+    """The same of the same size."""
     if pixels.ndim != 4 or pixels.shape[1] not in (1, 3, 4) or pixels.numel() == 0:
         raise ValueError(f"pixels: got shape {tuple(pixels.shape)}, expected (N, C, H, W) with C in 1, 3, 4 and N >= 1")
     pixels = pixels.detach().cpu()
@@ -32,8 +39,7 @@ def _rgb(pixels: Tensor) -> Tensor:
         raise ValueError(f"pixels: got values in [{low:.4g}, {high:.4g}], expected [0, 1] or uint8")
     if pixels.shape[1] == 4:
         pixels = pixels[:, :3] * pixels[:, 3:] + 1 - pixels[:, 3:]
-    scale = max(_SHOWN_PIXELS // max(pixels.shape[-2:]), 1)
-    return interpolate(pixels.expand(-1, 3, -1, -1), scale_factor=scale, mode="nearest")
+    return pixels.expand(-1, 3, -1, -1)
 
 
 def _arrange(pixels: Tensor, columns: int) -> Tensor:
@@ -86,6 +92,23 @@ def reconstructions(originals: Tensor, reconstructed: Tensor, path: str | Path, 
     blank = torch.ones(-len(above) % columns, *above.shape[1:])  # fills the last row, so that every pair stays together
     rows = [torch.cat([side, blank]).unflatten(0, (-1, columns)) for side in (above, below)]
     return grid(torch.stack(rows, 1).flatten(0, 2), path, columns)
+
+
+def overlaid(pixels: Tensor, masks: Tensor, strength: float = 0.6) -> Tensor:
+    """Pictures in grey under their masks, each class but the first in a colour of its own.
+
+    Arguments:
+        pixels: (N, C, H, W) float in [0, 1] or uint8.
+        masks: (N, H, W) whole numbers; what is negative or 255 is not coloured.
+        strength: of the colours, in [0, 1].
+
+    Returns:
+        (N, 3, H, W) float in [0, 1].
+    """
+    shown, masks = _opaque(pixels), masks.detach().cpu().long()
+    grey = shown.mean(1, keepdim=True).expand_as(shown)
+    colours = torch.tensor(colormaps["tab10"].colors, dtype=torch.float32)[(masks - 1).clamp(0) % 10].movedim(-1, 1)
+    return torch.lerp(grey, colours, strength * ((masks > 0) & (masks != 255)).unsqueeze(1).float())
 
 
 def captioned(pixels: Tensor, captions: Sequence[str], path: str | Path, columns: int = 4, title: str = "") -> Path:
@@ -174,6 +197,38 @@ def traversals(pixels: Tensor, labels: Sequence[str], path: str | Path, title: s
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=9)
+    return _save(figure, path)
+
+
+def confusions(counts: Tensor, names: Sequence[str], path: str | Path) -> Path:
+    """Which class was taken for which: shares of every true class as shades, and the numbers of rows where they can be read.
+
+    Arguments:
+        counts: (N, N), a row for every true class; see :func:`mmvae.metrics.confusion`.
+        names: of the N classes.
+        path: the PNG file; its folder is made.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: not as many names as classes.
+    """
+    size = len(names)
+    if tuple(counts.shape) != (size, size):
+        raise ValueError(f"names: got {size} for counts {tuple(counts.shape)}, expected one per class of (N, N)")
+    shares = (counts / counts.sum(1, keepdim=True).clamp_min(1)).cpu()
+    side = min(2.5 + 0.4 * size, 14)
+    figure = Figure(figsize=(side, side), dpi=90, layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    labels = [textwrap.shorten(name, 24, placeholder="...") for name in names]
+    axes.set_xticks(range(size), labels, rotation=90, fontsize=8)
+    axes.set_yticks(range(size), labels, fontsize=8)
+    axes.set_xlabel("told", fontsize=9)
+    axes.set_ylabel("true", fontsize=9)
+    for i, j in counts.nonzero().tolist() if size <= 30 else ():
+        axes.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=7, color="white" if shares[i, j] > 0.5 else "black")
     return _save(figure, path)
 
 

@@ -5,8 +5,8 @@
     accelerate launch recipes/evaluate.py --model outputs/digit_words --dataset words:path/to/mnist --label label
     accelerate launch recipes/evaluate.py --model outputs/seed0 outputs/seed1 outputs/seed2 --dataset path/to/multi30k
 
-A joint model is also asked to retrieve, translate and describe (mmvae/coherence.py), beside what the nearest training text would say; with
---label also what is of the right class, by a classifier trained first, and what a linear one reads in the latent (mmvae/baselines.py).
+With --label a linear classifier tells what it reads in the latent (mmvae/baselines.py). A joint model is also asked to retrieve, translate
+and describe (mmvae/coherence.py), beside what the nearest training text would say; with --label also what is of the right class.
 Of several models there are means and deviations too: --output is their JSON, and each folder gets its own.
 Results are independent of batch size and number of processes; the noise of a row is keyed by (seed, row).
 """
@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from transformers import AutoModel, AutoProcessor, PreTrainedModel
+from transformers import AutoModel, AutoProcessor
 
 from mmvae import MMVAE
 from mmvae.baselines import evaluate_by_training_rows
 from mmvae.coherence import evaluate_joint
-from mmvae.data import Column, ImageColumn, Loader, Rows, TextColumn, as_modalities, find_column, load_rows, splits
+from mmvae.data import ImageColumn, Loader, Rows, TextColumn, find_column, load_rows, splits
 from mmvae.evaluation import binarization, evaluate_conditional, evaluate_vae
 from mmvae.experiment import parse, precision
 from mmvae.judge import Judge
-from mmvae.options import parse_modalities
+from mmvae.modalities import read_columns
 from mmvae.pictures import table
 from mmvae.record import public, without_place
 
@@ -51,7 +51,7 @@ class EvaluationArguments:
     num_generated: int = field(default=1000, metadata={"help": "first rows of which a joint model generates; 0 leaves that out"})
     num_beams: int = field(default=1, metadata={"help": "of the texts that are generated"})
     judge: str | None = field(default=None, metadata={"help": "folder of a judge of sprites, of recipes/sprites_judge.py"})
-    label: str | None = field(default=None, metadata={"help": "column of classes, for the coherence of a joint model and a probe"})
+    label: str | None = field(default=None, metadata={"help": "column of classes, for a linear probe and the coherence of a joint model"})
     mixed_precision: str = "no"
     seed: int = 0
     output: str | None = field(default=None, metadata={"help": "JSON file; evaluation-SPLIT.json in a local model folder by default"})
@@ -59,29 +59,6 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         if self.judge and self.dataset.split(":")[0] != "sprites":
             raise ValueError(f"judge: received {self.judge!r} with dataset {self.dataset!r}, expected sprites:LEVEL")
-
-
-def column_of(model: PreTrainedModel, processor: Any, name: str, args: EvaluationArguments) -> Column:
-    """What a model of one modality takes from a column."""
-    if model.input_modalities[0] == "text":
-        return TextColumn(name, processor, args.max_length, args.truncate)
-    pixels = {"background": tuple(processor.background), "resize": processor.resize_mode}
-    return ImageColumn(name, model.config.height_width, model.config.num_channels, **pixels)
-
-
-def joint_columns(model: MMVAE, processor: Any, data: Any, args: EvaluationArguments) -> dict[str, Column]:
-    """The column of every modality, in the order of the model's."""
-    processor.check(model.config)
-    guessed = ",".join(f"{name}:{vae.input_modalities[0]}" for name, vae in model.vaes.items())
-    found = parse_modalities(args.modalities or guessed, ("image", "text"))
-    if sorted(found) != sorted(model.modalities):
-        raise ValueError(f"modalities: received {list(found)}, expected the model's, {list(model.modalities)}")
-    columns = {}
-    for name, vae in model.vaes.items():
-        kind, column = found[name]
-        column = find_column(data, kind, column or (name if name in data.column_names else None))
-        columns[name] = column_of(vae, processor.parts[name], column, args)
-    return columns
 
 
 def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> dict[str, Any]:
@@ -95,11 +72,10 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     joint, transform = isinstance(model, MMVAE), None
     if args.label:
         find_column(data, "label", args.label)  # it has to exist
-    if joint:
-        columns = as_modalities(joint_columns(model, processor, data, args))
-    else:
-        columns = column_of(model, processor, find_column(data, model.input_modalities[0], args.column), args)
-        transform = binarization(model.config.binarize) if isinstance(columns, ImageColumn) else None
+    reading = {"max_length": args.max_length, "truncate": args.truncate}
+    columns = read_columns(model, processor, data, args.modalities, args.column, **reading)
+    if isinstance(columns[0], ImageColumn) and not joint:
+        transform = binarization(model.config.binarize)
     rows = Rows(data, columns, name=args.dataset, on_empty="skip" if joint else "error")
     loader = Loader(rows, args.batch_size, shuffle=False, rank=accelerator.process_index, world_size=accelerator.num_processes)
     began = time.perf_counter()
@@ -112,8 +88,9 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
         options = {"num_generated": args.num_generated, "seed": args.seed}
         judging = {"judge": judge, "level": data.level} if judge else {}
         figures |= evaluate_joint(accelerator, model, processor, rows, truths, num_beams=args.num_beams, **judging, **options)
-        options |= {"training_rows": lambda: splits(args.dataset)["train"], "label": args.label}
-        figures |= evaluate_by_training_rows(accelerator, model, processor, rows, data, **options)
+    options = {"training_rows": lambda: splits(args.dataset)["train"], "label": args.label}
+    options |= {"num_generated": args.num_generated, "seed": args.seed}
+    figures |= evaluate_by_training_rows(accelerator, model, processor, rows, data, **options)
     accelerator.free_memory()
     names = {"model": without_place(name), "dataset": without_place(args.dataset), "split": args.split}
     told = {"rows": loader.num_rows, "seed": args.seed, "seconds": round(time.perf_counter() - began, 1)}

@@ -44,7 +44,11 @@ def test_hostile_values_are_named_or_legitimate(config_class, name):
             elif low is not None and kept is not None:
                 assert low <= kept <= high
             else:
-                assert isinstance(value, bool) or (value, name) in [(None, "hidden_channels"), ({}, "densities")]
+                assert isinstance(value, bool) or (value, name) in [
+                    (None, "hidden_channels"),
+                    (None, "classifier_alpha"),
+                    ({}, "densities"),
+                ]
         assert named, f"{value!r:.50}"
     assert refused >= len(HOSTILE) - 5
 

@@ -1,0 +1,176 @@
+"""Models and columns that belong together: what a model's modalities read of a data set, and new modalities for a data set.
+
+Of a model that is there already, its processors tell how a column is read; for a new one, the column's texts make the tokenizer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from mmvae.data import Column, ImageColumn, TextColumn, as_modalities, find_column, texts_of
+from mmvae.experiment import image_processor, make_tokenizer
+from mmvae.joint_processing import MMVAEProcessor
+from mmvae.models.configuration import MMVAEConfig, VAEConfig
+from mmvae.models.image_vae import ImageVAEConfig
+from mmvae.models.text_vae import TextVAEConfig
+from mmvae.options import by_name, parse_modalities
+
+KINDS: dict[str, type[VAEConfig]] = {"image": ImageVAEConfig, "text": TextVAEConfig}
+
+
+@dataclass(frozen=True)
+class NewModality:
+    """A modality for a column of a data set: its model's configuration, what reads for it, and the column."""
+
+    config: VAEConfig
+    processor: Any
+    column: Column
+
+
+def new_modality(
+    kind: str,
+    data: Any,
+    column: str,
+    options: Mapping[str, Any],
+    *,
+    reading: Mapping[str, Any],
+    text: Mapping[str, Any],
+    name: str = "data",
+) -> NewModality:
+    """A modality from scratch.
+
+    Arguments:
+        kind: a key of ``KINDS``.
+        data: training rows; of a text column they train the tokenizer.
+        column: of the data set.
+        options: fields of the configuration.
+        reading: of texts, ``max_length`` and ``truncate`` of :class:`mmvae.data.TextColumn`.
+        text: ``kind`` and ``vocab_size`` of :func:`mmvae.experiment.make_tokenizer`.
+        name: what the data set is called in errors.
+    """
+    if kind == "image":
+        config = ImageVAEConfig(**options)
+        pixels = ImageColumn(column, config.height_width, config.num_channels)
+        return NewModality(config, image_processor(pixels), pixels)
+    tokenizer, ids = make_tokenizer(texts=texts_of(data, column, name, missing=True), **text)
+    config = TextVAEConfig(**{"tie_word_embeddings": True, **options, **ids})
+    return NewModality(config, tokenizer, TextColumn(column, tokenizer, **reading))
+
+
+def from_scratch(
+    data: Any,
+    modalities: str | None,
+    vaes: str | Mapping[str, Any],
+    mmvae: Mapping[str, Any],
+    *,
+    reading: Mapping[str, Any],
+    text: Mapping[str, Any],
+    name: str = "data",
+) -> tuple[VAEConfig, Any, list[Column]]:
+    """What a new model of one modality or several is made of.
+
+    Arguments:
+        data: training rows.
+        modalities: ``name:kind:column``, separated by commas; the column is guessed where it is left out, all of it when None.
+        vaes: fields of the configuration of each modality, by its name or kind.
+        mmvae: of several modalities, fields of :class:`mmvae.MMVAEConfig`.
+        reading, text, name: as for :func:`new_modality`.
+
+    Returns:
+        The configuration, what reads for the model, and a column for each modality.
+    """
+    kinds = parse_modalities(modalities or guess_modalities(data), KINDS)
+    fields, parts = by_name("vaes", vaes, {name: kind for name, (kind, _) in kinds.items()}, KINDS), {}
+    for modality, (kind, column) in kinds.items():
+        source = find_column(data, kind, column or (modality if modality in (data.column_names or ()) else None))
+        parts[modality] = new_modality(kind, data, source, fields.get(modality, {}), reading=reading, text=text, name=name)
+    if len(parts) == 1:
+        (part,) = parts.values()
+        return part.config, part.processor, [part.column]
+    config = MMVAEConfig(modalities={name: part.config for name, part in parts.items()}, **mmvae)
+    processor = MMVAEProcessor({name: part.processor for name, part in parts.items()})
+    return config, processor, as_modalities({name: part.column for name, part in parts.items()})
+
+
+def overridden(config: VAEConfig, vaes: Mapping[str, Any], mmvae: Mapping[str, Any], **fields: Any) -> VAEConfig:
+    """A folder's configuration with other values of some fields, checked.
+
+    Arguments:
+        config: the folder's.
+        vaes: fields by modality; of a model of one modality by its kind.
+        mmvae: a joint model's own fields.
+        fields: further ones.
+
+    Raises:
+        ValueError: for a modality that the model has not, or fields of several where there is one.
+    """
+    values, joint = config.to_dict(), isinstance(config, MMVAEConfig)
+    known = list(config.modalities) if joint else [config.model_type.removesuffix("_vae")]
+    for name in vaes:
+        if name not in known:
+            raise ValueError(f"vaes: received {name!r}, expected one of {known}")
+    if mmvae and not joint:
+        raise ValueError(f"mmvae: received {dict(mmvae)} for a {config.model_type}, expected none: it has one modality")
+    for name, given in vaes.items():
+        (values["modalities"][name] if joint else values).update(given)
+    return type(config).from_dict(values | dict(mmvae) | fields)
+
+
+def guess_modalities(data: Any) -> str:
+    """``kind:kind`` of the first kind of which a data set has a column that can be told from others.
+
+    Raises:
+        ValueError: there is none, listing the columns.
+    """
+    for kind in KINDS:
+        try:
+            find_column(data, kind)
+        except ValueError as error:
+            cause = error
+        else:
+            return f"{kind}:{kind}"
+    raise cause
+
+
+def read_column(config: VAEConfig, processor: Any, name: str, *, max_length: int = 512, truncate: bool = False) -> Column:
+    """What a model of one modality takes from a column, read as its processor does."""
+    if isinstance(config, TextVAEConfig):
+        return TextColumn(name, processor, max_length, truncate)
+    pixels = {"background": tuple(processor.background), "resize": processor.resize_mode}
+    return ImageColumn(name, config.height_width, config.num_channels, **pixels)
+
+
+def read_columns(
+    model: PreTrainedModel, processor: Any, data: Any, modalities: str | None = None, column: str | None = None, **reading: Any
+) -> list[Column]:
+    """A column for each modality of a model, in their order.
+
+    Arguments:
+        model: of one modality or a joint one, with a head or without.
+        processor: the model's.
+        data: what the columns are of.
+        modalities: ``name:kind:column``, separated by commas; the column is guessed where it is left out, all of it when None.
+        column: of the only modality.
+        reading: ``max_length`` and ``truncate`` of texts.
+
+    Raises:
+        ValueError: modalities that are not the model's, or columns that are not there.
+    """
+    joint = isinstance(model.config, MMVAEConfig)
+    vaes = dict(model.base_model.vaes) if joint else {model.input_modalities[0]: model}
+    own = {name: vae.input_modalities[0] for name, vae in vaes.items()}
+    found = parse_modalities(modalities or ",".join(f"{name}:{kind}" for name, kind in own.items()), KINDS)
+    if not joint and [kind for kind, _ in found.values()] == [*own.values()]:
+        found = {name: (kind, source or column) for name, (kind, source) in zip(own, found.values(), strict=True)}
+    if {name: kind for name, (kind, _) in found.items()} != own:
+        raise ValueError(f"modalities: received {list(found)}, expected the model's, {list(own)}")
+    if joint:
+        processor.check(model.config)
+    made = {}
+    for name, vae in vaes.items():
+        kind, source = found[name]
+        source = find_column(data, kind, source or (name if joint and name in (data.column_names or ()) else None))
+        made[name] = read_column(vae.config, processor.parts[name] if joint else processor, source, **reading)
+    return as_modalities(made) if joint else [*made.values()]

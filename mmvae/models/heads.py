@@ -1,0 +1,347 @@
+r"""Classifiers on the latent: a VAE and a linear layer or a small network that reads its posterior.
+
+    logits = head(features(q(z|x))),    features = E[z], or [E[z], log Var z], or a sample z;  the mean in evaluation
+
+Three ways to train, with labels y, the number of a class or -100 where it is not known:
+
+    fine-tuned     loss = -log p(y|x)                    ``alpha`` None
+    frozen         the same after :meth:`LatentClassifier.freeze`: a probe; no weight or statistic of the VAE changes
+    jointly        loss = -ELBO - alpha log p(y|x)       rows without a label count in the ELBO alone
+
+``from_pretrained`` takes the folder of a VAE, to which it adds a new head, and a VAE's takes the folder of a classifier. The head's shape
+is told by the fields ``classifier_*`` of the VAE's configuration and by transformers' ``num_labels`` or ``id2label``.
+Shapes: ``B`` batch, ``N`` classes, ``*event`` the latent's event.
+
+References:
+    Kingma et al. (2014), Semi-supervised learning with deep generative models, https://arxiv.org/abs/1406.5298 (M1, and its alpha)
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from mmvae.aggregation import Posterior
+from mmvae.models.base import VAE
+from mmvae.models.configuration import MMVAEConfig, VAEConfig, refuse_unknown
+from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
+from mmvae.models.mmvae import MMVAE
+from mmvae.models.text_vae import TextVAE, TextVAEConfig
+from mmvae.noise import fold, keyed_uniform
+from mmvae.objectives import OBJECTIVES, Objective
+
+UNLABELLED = -100  # the label of a row of which the class is not known, as everywhere in torch and transformers
+_NOT_OF_THE_SHAPE = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "transformers_version")
+_FEATURES = 0x66656174  # keeps the noise of what the head reads apart from that of the ELBO
+
+
+@dataclass
+class ClassifierOutput(ModelOutput):
+    """What ``forward`` returns: what transformers' classifiers do, and the parts of the loss. Nats; None where it does not apply.
+
+    Attributes:
+        loss: (), mean over rows of ``loss_rows``; None without labels.
+        logits: (B, N).
+        loss_rows: (B,), the cross-entropy, or jointly minus the VAE's objective plus alpha times that.
+        cross_entropy: (B,), -log p(y|x), 0 for a row without a label.
+        elbo, log_px, kl: (B,), of the VAE, jointly; see :class:`mmvae.models.base.VAEOutput`.
+        latent_mean, latent_logvar: (B, *event), the posterior's mean and the log of its variance.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    loss_rows: Tensor | None = None
+    cross_entropy: Tensor | None = None
+    elbo: Tensor | None = None
+    log_px: Tensor | None = None
+    kl: Tensor | None = None
+    latent_mean: Tensor | None = None
+    latent_logvar: Tensor | None = None
+
+
+class LatentClassifier(PreTrainedModel):
+    """A VAE, ``base_model``, with a ``head`` that gives the class of a row; see the module's docstring. One subclass per kind of VAE."""
+
+    config: VAEConfig
+    vae_class: ClassVar[type[VAE]]
+    supports_gradient_checkpointing = False
+    accepts_loss_kwargs = False  # Trainer must divide by the accumulation steps itself
+    model_tags: ClassVar[list[str]] = ["mmvae", "vae"]
+
+    def __init__(self, config: VAEConfig):
+        super().__init__(config)
+        if config.num_labels < 2:
+            raise ValueError(f"{type(config).__name__}.num_labels: received {config.num_labels}, expected at least 2 classes")
+        vae = self.vae_class(config)
+        setattr(self, self.base_model_prefix, vae)
+        width, hidden = math.prod(vae.latent_shape) * (2 if config.classifier_features == "moments" else 1), config.classifier_hidden_size
+        layers = [nn.Dropout(config.classifier_dropout)]
+        if hidden:
+            layers += [nn.Linear(width, hidden), nn.SiLU(), nn.Dropout(config.classifier_dropout)]
+        self.head = nn.Sequential(*layers, nn.Linear(hidden or width, config.num_labels))
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "LatentClassifier":
+        """A classifier from the folder of one, or of a VAE, to which it adds a new head; see ``PreTrainedModel.from_pretrained``.
+
+        Raises:
+            ValueError: naming the fields of the configuration in which the folder's differs from what was asked for, where its weights do
+                not fit that; or a folder of another kind of model.
+        """
+        saved = cls.config_class.get_config_dict(pretrained_model_name_or_path)[0]
+        if saved.get("model_type") != cls.config_class.model_type:
+            expected = f"expected {cls.config_class.model_type!r} for {cls.__name__}"
+            raise ValueError(f"{pretrained_model_name_or_path}: model_type: received {saved.get('model_type')!r}, {expected}")
+        told, lost, cause = kwargs.pop("output_loading_info", False), [], None
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+            lost = [name for name in info["missing_keys"] if not name.startswith("head.")]
+        except RuntimeError as error:
+            cause = error
+        if lost or cause:
+            asked = kwargs["config"].to_dict() if isinstance(kwargs.get("config"), VAEConfig) else dict(kwargs)
+            asked |= {"num_labels": len(asked["id2label"])} if asked.get("id2label") else {}
+            had = cls.config_class.from_dict(saved)
+            differing = list(_differing(had.to_dict() | {"num_labels": had.num_labels}, asked))
+            why = "; ".join(differing) or (str(cause) if cause else f"{lost[0]} is missing")
+            raise ValueError(f"{pretrained_model_name_or_path}: its weights do not fit: {why}") from cause
+        return (model, info) if told else model
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The VAE's inputs, and "labels"."""
+        return (*self.base_model.input_names, "labels")
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """What the VAE's p(x|z) may depend on besides z."""
+        return self.base_model.condition_names
+
+    def freeze(self, frozen: bool = True) -> "LatentClassifier":
+        """Leave the VAE as it is, its statistics too, and train the head alone; or, with False, train everything again."""
+        self.base_model.requires_grad_(not frozen)
+        return self.train(self.training)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether only the head is trained."""
+        return not any(parameter.requires_grad for parameter in self.base_model.parameters())
+
+    def train(self, mode: bool = True) -> "LatentClassifier":
+        """Training mode, in which a frozen VAE stays in evaluation mode: no dropout, no input noise, no statistics."""
+        super().train(mode)
+        if self.frozen:
+            self.base_model.eval()
+        return self
+
+    def classify(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None = None,
+        alpha: float | None = None,
+        beta: float = 1.0,
+        num_samples: int = 1,
+        objective: Objective | None = None,
+        noise_key: Tensor | None = None,
+        sample_posterior: bool | None = None,
+    ) -> ClassifierOutput:
+        r"""Logits, and with labels the loss: the body of every classifier's ``forward``.
+
+        Arguments:
+            inputs: the VAE's, by name.
+            labels: (B,) int64, the numbers of classes, or -100 for a row without a label. None: there is no loss, and nothing is decoded.
+            alpha: weight of the cross-entropy beside the VAE's objective; None: as the configuration's ``classifier_alpha`` says, and where
+                that is None too, the cross-entropy is the loss, and nothing is decoded.
+            beta, num_samples, objective: of the VAE's objective; see :meth:`mmvae.models.base.VAE.bound`.
+            noise_key: (B,) int64 keys of all noise but dropout; torch's generator when None.
+            sample_posterior: sample, or use the mean; None samples in training mode only.
+
+        Raises:
+            ValueError: labels of another shape or kind than (B,) int64; in the host's memory also for one that is no class.
+        """
+        alpha = self.config.classifier_alpha if alpha is None else alpha
+        sampled = self.training if sample_posterior is None else sample_posterior
+        q = self.base_model.posterior(**inputs)
+        mean, logvar = q.mixture.mean, q.mixture.variance.log()
+        logits = self.head(self._features(q, mean, logvar, noise_key, sampled).flatten(1).to(self.dtype)).float()
+        latent = {"latent_mean": mean, "latent_logvar": logvar}
+        if labels is None:
+            return ClassifierOutput(logits=logits, **latent)
+        self._check(labels, logits)
+        loss_rows = cross_entropy = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="none")
+        if alpha is not None:
+            out = self.base_model.bound(inputs, beta, num_samples, objective, noise_key, sampled, q=q)
+            loss_rows = out.loss_rows + alpha * cross_entropy
+            latent |= {name: out[name] for name in ("elbo", "log_px", "kl")}
+        return ClassifierOutput(loss=loss_rows.mean(), logits=logits, loss_rows=loss_rows, cross_entropy=cross_entropy, **latent)
+
+    def _features(self, q: Posterior, mean: Tensor, logvar: Tensor, key: Tensor | None, sampled: bool) -> Tensor:
+        """What the head reads: (B, *event), or (B, 2 * D, ...) of both moments."""
+        if self.config.classifier_features == "moments":
+            return torch.cat([mean, logvar], 1)
+        if self.config.classifier_features == "mean" or not sampled:
+            return mean
+        uniform = torch.rand(len(mean), device=mean.device) if key is None else keyed_uniform(fold(_FEATURES, key), ())
+        one, _ = q.at(q.draw(uniform))  # a mixture's component, by its weight
+        return (one.loc + one.stddev * self.base_model._normal(one, key, 1, 0, one.event_shape, _FEATURES))[0]
+
+    def _check(self, labels: Tensor, logits: Tensor) -> None:
+        rows, classes = logits.shape
+        if tuple(labels.shape) != (rows,) or labels.dtype != torch.int64:
+            raise ValueError(f"labels: received {labels.dtype} of shape {tuple(labels.shape)}, expected torch.int64 of shape {(rows,)}")
+        if labels.is_cpu:  # on an accelerator the comparison would wait for the device
+            wrong = ((labels != UNLABELLED) & ((labels < 0) | (labels >= classes))).nonzero().flatten()
+            if len(wrong):
+                expected = f"expected 0 to {classes - 1}, or {UNLABELLED} for a row without a label"
+                raise ValueError(f"labels: received {int(labels[wrong[0]])} in row {int(wrong[0])}, {expected}")
+
+
+def _differing(had: Mapping[str, Any], asked: Mapping[str, Any], at: str = "") -> Iterator[str]:
+    """The fields, those of modalities too, in which a configuration is not what was asked for."""
+    for name, value in asked.items():
+        if name == "modalities" or at == "modalities.":
+            yield from _differing(had.get(name, {}), value, f"{at}{name}.")
+        elif name in had and had[name] != value and name not in _NOT_OF_THE_SHAPE:
+            yield f"{at}{name}: has {had[name]!r}, asked for {value!r}"
+
+
+class ImageVAEForImageClassification(LatentClassifier):
+    """An :class:`ImageVAE` with a head; see the module's docstring. ``pipeline("image-classification")`` takes its folder.
+
+    Example:
+        >>> model = ImageVAEForImageClassification(ImageVAEConfig(image_size=16, latent_dim=4, num_labels=10)).eval()
+        >>> model(torch.zeros(2, 3, 16, 16)).logits.shape
+        torch.Size([2, 10])
+    """
+
+    config: ImageVAEConfig
+    config_class = ImageVAEConfig
+    vae_class = ImageVAE
+    base_model_prefix = "image_vae"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        alpha: float | None = None,
+        beta: float = 1.0,
+        num_samples: int = 1,
+        objective: Objective | None = None,
+        noise_key: Tensor | None = None,
+        sample_posterior: bool | None = None,
+        **kwargs: Any,
+    ) -> ClassifierOutput:
+        """Logits, and with labels the loss; see :meth:`LatentClassifier.classify`.
+
+        Arguments:
+            pixel_values: (B, C, H, W), uint8 or float in [0, 1].
+            kwargs: what transformers hands to every model and this one has no use for; any other name is a TypeError.
+        """
+        refuse_unknown(self, kwargs)
+        inputs = {"pixel_values": pixel_values}
+        return self.classify(inputs, labels, alpha, beta, num_samples, objective, noise_key, sample_posterior)
+
+
+class TextVAEForSequenceClassification(LatentClassifier):
+    """A :class:`TextVAE` with a head; see the module's docstring. ``pipeline("text-classification")`` takes its folder.
+
+    Example:
+        >>> model = TextVAEForSequenceClassification(TextVAEConfig(vocab_size=100, latent_dim=4, num_labels=6)).eval()
+        >>> model(torch.tensor([[1, 5, 6, 2]])).logits.shape
+        torch.Size([1, 6])
+    """
+
+    config: TextVAEConfig
+    config_class = TextVAEConfig
+    vae_class = TextVAE
+    base_model_prefix = "text_vae"
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        alpha: float | None = None,
+        beta: float = 1.0,
+        num_samples: int = 1,
+        objective: Objective | None = None,
+        noise_key: Tensor | None = None,
+        sample_posterior: bool | None = None,
+        **kwargs: Any,
+    ) -> ClassifierOutput:
+        """Logits, and with labels the loss; see :meth:`LatentClassifier.classify`.
+
+        Arguments:
+            input_ids: (B, T) int64, BOS ... EOS, padded at either side.
+            attention_mask: (B, T), 1 on real tokens; made from ``pad_token_id`` when None.
+            kwargs: what transformers hands to every model and this one has no use for; any other name is a TypeError.
+        """
+        refuse_unknown(self, kwargs)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.classify(inputs, labels, alpha, beta, num_samples, objective, noise_key, sample_posterior)
+
+
+class MMVAEForClassification(LatentClassifier):
+    """An :class:`MMVAE` with a head on the shared latent, from whatever modalities a row has; see the module's docstring.
+
+    Example:
+        >>> both = {"image": ImageVAEConfig(image_size=16, latent_dim=4), "text": TextVAEConfig(vocab_size=50, latent_dim=4)}
+        >>> model = MMVAEForClassification(MMVAEConfig(modalities=both, num_labels=9)).eval()
+        >>> model(pixel_values=torch.zeros(2, 3, 16, 16)).logits.shape
+        torch.Size([2, 9])
+    """
+
+    config: MMVAEConfig
+    config_class = MMVAEConfig
+    vae_class = MMVAE
+    base_model_prefix = "mmvae"
+
+    def __init__(self, config: MMVAEConfig):
+        super().__init__(config)
+        self.main_input_name = self.base_model.main_input_name
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities, in the order of the columns of ``present``."""
+        return self.base_model.modalities
+
+    @can_return_tuple
+    def forward(
+        self,
+        labels: Tensor | None = None,
+        alpha: float | None = None,
+        beta: float = 1.0,
+        num_samples: int = 1,
+        objective: Objective | None = None,
+        noise_key: Tensor | None = None,
+        sample_posterior: bool | None = None,
+        **inputs: Any,
+    ) -> ClassifierOutput:
+        """Logits, and with labels the loss; see :meth:`LatentClassifier.classify`.
+
+        Arguments:
+            objective: (terms, beta) -> (B,) nats; the configuration's when None.
+            inputs: of any of the modalities, ``present`` and ``visible``: as for :meth:`MMVAE.posterior`. In training the configuration's
+                ``modality_dropout`` hides some.
+        """
+        vae = self.base_model
+        if objective is None:
+            objective = partial(OBJECTIVES[self.config.objective], **self.config.objective_options)
+        if vae.training and self.config.modality_dropout and inputs.get("visible") is None:
+            inputs["visible"] = vae._visible(vae._given(inputs).present, noise_key)
+        return self.classify(inputs, labels, alpha, beta, num_samples, objective, noise_key, sample_posterior)
