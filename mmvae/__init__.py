@@ -3,20 +3,36 @@
 Importing it registers its models and processors with ``AutoConfig``, ``AutoModel``, ``AutoImageProcessor`` and so ``AutoProcessor``.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+)
 
 from mmvae.joint_processing import MMVAEProcessor
+from mmvae.models.heads import ImageVAEForImageClassification, MMVAEForClassification, TextVAEForSequenceClassification
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
 from mmvae.models.mmvae import MMVAE, MMVAEConfig
+from mmvae.models.segmentation import ImageVAEForSemanticSegmentation
 from mmvae.models.text_vae import TextVAE, TextVAEConfig
 from mmvae.processing import ImageVAEImageProcessor, ImageVAEImageProcessorPil
 
 __version__ = "0.1.0"
-__all__ = ["MMVAE", "ImageVAE", "ImageVAEConfig", "ImageVAEImageProcessor", "MMVAEConfig", "MMVAEProcessor", "TextVAE", "TextVAEConfig"]
+__all__ = [
+    "MMVAE", "ImageVAE", "ImageVAEConfig", "ImageVAEForImageClassification", "ImageVAEForSemanticSegmentation", "ImageVAEImageProcessor",
+    "MMVAEConfig", "MMVAEForClassification", "MMVAEProcessor", "TextVAE", "TextVAEConfig", "TextVAEForSequenceClassification",
+]  # fmt: skip
 
 for _config, _model in ((ImageVAEConfig, ImageVAE), (TextVAEConfig, TextVAE), (MMVAEConfig, MMVAE)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
+AutoModelForImageClassification.register(ImageVAEConfig, ImageVAEForImageClassification, exist_ok=True)
+AutoModelForSequenceClassification.register(TextVAEConfig, TextVAEForSequenceClassification, exist_ok=True)
+AutoModelForSemanticSegmentation.register(ImageVAEConfig, ImageVAEForSemanticSegmentation, exist_ok=True)
 AutoImageProcessor.register(
     ImageVAEConfig,
     image_processor_classes={"torchvision": ImageVAEImageProcessor, "pil": ImageVAEImageProcessorPil},
