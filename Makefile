@@ -9,8 +9,8 @@ OUT := outputs/demo
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 FLOW := {"kind": "flow", "training": {"steps": 400}}
-TEXT_FLOW := {"kind": "flow", "training": {"steps": 1000}}
-DEMO := recipes/joint_vae.py --output_dir $(OUT) --num_epochs 5 --importance_samples 0 \
+TEXT_FLOW := {"kind": "flow", "training": {"steps": 800}}
+DEMO := recipes/joint_vae.py --output_dir $(OUT) --num_epochs 3 --importance_samples 0 \
 	--densities '{"shared": {"kind": "mixture", "num_components": 60}, "private": $(FLOW), "shared_given_text": $(TEXT_FLOW)}'
 
 .PHONY: demo test lint format clean
