@@ -59,15 +59,38 @@ def new_modality(
     return NewModality(config, tokenizer, TextColumn(column, tokenizer, **reading))
 
 
+def new_modalities(
+    data: Any, kinds: Mapping[str, tuple[str, str | None]], fields: Mapping[str, Any], **options: Any
+) -> dict[str, NewModality]:
+    """A modality from scratch for each name.
+
+    Arguments:
+        data: training rows.
+        kinds: kind and column by name, of :func:`mmvae.options.parse_modalities`; the column is guessed where it is None.
+        fields: of the configurations, by name.
+        options: ``reading``, ``text`` and ``name`` of :func:`new_modality`.
+
+    Raises:
+        ValueError: a column that is not there, or that two modalities would have.
+    """
+    made: dict[str, NewModality] = {}
+    for name, (kind, column) in kinds.items():
+        source = find_column(data, kind, column or (name if name in (data.column_names or ()) else None))
+        if source in {part.column.name for part in made.values()}:
+            raise ValueError(f"modalities: column {source!r} is taken already, expected another one for {name!r}: {name}:{kind}:column")
+        made[name] = new_modality(kind, data, source, fields.get(name, {}), **options)
+    return made
+
+
+def joined(parts: Mapping[str, NewModality], **fields: Any) -> tuple[MMVAEConfig, MMVAEProcessor, list[Column]]:
+    """Configuration of a joint model of these modalities, with fields of its own, its processor, and a column for each modality."""
+    config = MMVAEConfig(modalities={name: part.config for name, part in parts.items()}, **fields)
+    processor = MMVAEProcessor({name: part.processor for name, part in parts.items()})
+    return config, processor, as_modalities({name: part.column for name, part in parts.items()})
+
+
 def from_scratch(
-    data: Any,
-    modalities: str | None,
-    vaes: str | Mapping[str, Any],
-    mmvae: Mapping[str, Any],
-    *,
-    reading: Mapping[str, Any],
-    text: Mapping[str, Any],
-    name: str = "data",
+    data: Any, modalities: str | None, vaes: str | Mapping[str, Any], mmvae: Mapping[str, Any], **options: Any
 ) -> tuple[VAEConfig, Any, list[Column]]:
     """What a new model of one modality or several is made of.
 
@@ -76,22 +99,18 @@ def from_scratch(
         modalities: ``name:kind:column``, separated by commas; the column is guessed where it is left out, all of it when None.
         vaes: fields of the configuration of each modality, by its name or kind.
         mmvae: of several modalities, fields of :class:`mmvae.MMVAEConfig`.
-        reading, text, name: as for :func:`new_modality`.
+        options: ``reading``, ``text`` and ``name`` of :func:`new_modality`.
 
     Returns:
         The configuration, what reads for the model, and a column for each modality.
     """
     kinds = parse_modalities(modalities or guess_modalities(data), KINDS)
-    fields, parts = by_name("vaes", vaes, {name: kind for name, (kind, _) in kinds.items()}, KINDS), {}
-    for modality, (kind, column) in kinds.items():
-        source = find_column(data, kind, column or (modality if modality in (data.column_names or ()) else None))
-        parts[modality] = new_modality(kind, data, source, fields.get(modality, {}), reading=reading, text=text, name=name)
-    if len(parts) == 1:
-        (part,) = parts.values()
-        return part.config, part.processor, [part.column]
-    config = MMVAEConfig(modalities={name: part.config for name, part in parts.items()}, **mmvae)
-    processor = MMVAEProcessor({name: part.processor for name, part in parts.items()})
-    return config, processor, as_modalities({name: part.column for name, part in parts.items()})
+    fields = by_name("vaes", vaes, {name: kind for name, (kind, _) in kinds.items()}, KINDS)
+    parts = new_modalities(data, kinds, fields, **options)
+    if len(parts) > 1:
+        return joined(parts, **mmvae)
+    (part,) = parts.values()
+    return part.config, part.processor, [part.column]
 
 
 def overridden(config: VAEConfig, vaes: Mapping[str, Any], mmvae: Mapping[str, Any], **fields: Any) -> VAEConfig:

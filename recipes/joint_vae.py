@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmvae import MMVAE, ImageVAEConfig, MMVAEConfig, MMVAEProcessor, TextVAEConfig
-from mmvae.data import Augmentation, Column, ImageColumn, Loader, Rows, TextColumn, as_modalities, find_column, splits, texts_of
+from mmvae import MMVAE, MMVAEProcessor
+from mmvae.data import Augmentation, Column, Loader, Rows, splits
 from mmvae.density_fitting import unfitted
-from mmvae.experiment import RunArguments, finish, image_processor, make_loaders, make_tokenizer, parse, start, train
+from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
+from mmvae.modalities import KINDS, joined, new_modalities
 from mmvae.options import by_name, mapping, parse_modalities
 from mmvae.pictures import side_by_side, table
 from mmvae.processing import decode_text
 
-KINDS = {"image": ImageVAEConfig, "text": TextVAEConfig}
 BY_NAME = ("vaes", "private_dims", "likelihood_weights", "modality_dropout", "augmentation", "drop_modality")
 DATA = ("tokenizer", "vocab_size", "augmentation", "drop_modality", "complete_only")
 NOT_THE_MODELS = ("modalities", "kinds", "vaes", "private_dims", "densities", *DATA)
@@ -100,25 +100,15 @@ class JointRun(RunArguments):
 
 def build(args: JointRun, joint: JointArguments, data: Mapping[str, Any]) -> tuple[MMVAE, MMVAEProcessor, list[Column]]:
     """The model, what reads and writes for it, and a column for every modality."""
-    configs, processors, columns = {}, {}, {}
-    for name, (kind, column) in joint.kinds.items():
-        options = joint.vaes.get(name, {}) | {"latent_dim": joint.latent_dim + joint.private_dims.get(name, 0)}
-        source = find_column(data["train"], kind, column or (name if name in (data["train"].column_names or ()) else None))
-        if source in {column.name for column in columns.values()}:
-            raise ValueError(f"modalities: column {source!r} is taken already, expected another one for {name!r}: {name}:{kind}:column")
-        if kind == "image":
-            configs[name] = config = ImageVAEConfig(**options)
-            columns[name] = ImageColumn(source, config.height_width, config.num_channels)
-            processors[name] = image_processor(columns[name])
-        else:
-            texts = texts_of(data["train"], source, args.dataset, missing=True)
-            processors[name], ids = make_tokenizer(joint.tokenizer, texts, joint.vocab_size)
-            configs[name] = TextVAEConfig(**{"tie_word_embeddings": True} | options | ids)
-            columns[name] = TextColumn(source, processors[name], args.max_length, args.truncate)
+    sizes = {name: {"latent_dim": joint.latent_dim + joint.private_dims.get(name, 0)} for name in joint.kinds}
+    fields = {name: joint.vaes.get(name, {}) | size for name, size in sizes.items()}
+    reading = {"max_length": args.max_length, "truncate": args.truncate}
+    text = {"kind": joint.tokenizer, "vocab_size": joint.vocab_size}
+    parts = new_modalities(data["train"], joint.kinds, fields, reading=reading, text=text, name=args.dataset)
     options = {name: value for name, value in vars(joint).items() if name not in NOT_THE_MODELS}
-    options |= {"objective": args.objective, "objective_options": args.objective_options}
+    config, processor, columns = joined(parts, objective=args.objective, objective_options=args.objective_options, **options)
     torch.manual_seed(args.seed)
-    return MMVAE(MMVAEConfig(modalities=configs, **options)), MMVAEProcessor(processors), as_modalities(columns)
+    return MMVAE(config), processor, columns
 
 
 def main() -> None:
