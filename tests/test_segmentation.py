@@ -116,12 +116,18 @@ def test_folders_of_the_head_and_of_its_base(tmp_path):
     assert all(torch.equal(value, bare.state_dict()[name]) for name, value in base.state_dict().items())
 
 
+def test_a_folder_whose_base_does_not_fit_says_which_field_differs(tmp_path):
+    ImageVAE(build().config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its weights do not fit: latent_dim: has .*, asked for 9"):
+        ImageVAEForSemanticSegmentation.from_pretrained(tmp_path, latent_dim=9, num_labels=2)
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (LABELS[:, :8], r"shape \(3, 8, 16\), expected whole numbers of shape \(3, 16, 16\)"),
+        (LABELS[:, :8], r"shape \(3, 8, 16\), expected \(3, 16, 16\)"),
         (LABELS.float(), "torch.float32"),
-        (LABELS + 1, "received 3, expected 0 to 2, or 255"),
+        (LABELS + 1, "received 3 in row 0, expected 0 to 2, or 255"),
         (-LABELS.long(), "received -"),
     ],
 )

@@ -14,9 +14,8 @@ from torch import Tensor
 from mmvae.data.augmentation import NO_AUGMENTATION, Augmentation
 from mmvae.data.columns import Column
 from mmvae.data.images import open_image
+from mmvae.models.segmentation import UNLABELLED
 from mmvae.noise import fold, keyed_uniform
-
-UNLABELLED = 255  # as in transformers and most sets of masks
 
 _COLOURS = 0x636F6C6F7572
 

@@ -77,14 +77,14 @@ class ClassPosterior(Posterior):
     labels: Tensor
 
 
-def checked_labels(name: str, labels: Any, shape: Sequence[int], num_classes: int, unknown: bool = False) -> Tensor:
+def checked_labels(name: str, labels: Any, shape: Sequence[int], num_classes: int, unknown: int | None = None) -> Tensor:
     """Labels as an int64 tensor that broadcasts to ``shape``.
 
     Arguments:
         name: of the argument, for the error.
         labels: whole numbers, a tensor or a sequence.
         num_classes: N.
-        unknown: whether a label may be -100.
+        unknown: what stands where a label is not known; None: all are.
 
     Raises:
         ValueError: for labels that are no whole numbers, of another shape, or of a class that there is not; the last only in the host's
@@ -95,12 +95,14 @@ def checked_labels(name: str, labels: Any, shape: Sequence[int], num_classes: in
         raise ValueError(f"{name}: received {labels.dtype}, expected whole numbers")
     if labels.dim() > len(shape) or any(size not in (1, of) for size, of in zip(reversed(labels.shape), reversed(shape), strict=False)):
         raise ValueError(f"{name}: received shape {tuple(labels.shape)}, expected {tuple(shape)}")
-    wrong = (labels >= num_classes) | (labels < 0) & ~(unknown & (labels == UNKNOWN))
+    labels = labels.long()
+    wrong = torch.atleast_1d((labels >= num_classes) | (labels < 0))
+    wrong = wrong if unknown is None else wrong & (labels != unknown)
     if labels.is_cpu and not torch.compiler.is_compiling() and wrong.any():
-        row = int(wrong.flatten().nonzero()[0])
-        more = f", or {UNKNOWN} where it is not known" if unknown else ""
-        raise ValueError(f"{name}: received {int(labels.flatten()[row])} in row {row}, expected 0 to {num_classes - 1}{more}")
-    return labels.long()
+        value, row = int(torch.atleast_1d(labels)[wrong][0]), int(wrong.nonzero()[0, 0])
+        more = "" if unknown is None else f", or {unknown} where it is not known"
+        raise ValueError(f"{name}: received {value} in row {row}, expected 0 to {num_classes - 1}{more}")
+    return labels
 
 
 class ClassVAE(VAEModel):
@@ -179,7 +181,7 @@ class ClassVAE(VAEModel):
         features = self.features(**self._only(type(self).input_names, inputs))
         log_qy, components = self._log_qy(features), self._given_class(features)
         classes, rows = log_qy.shape
-        told = torch.full((rows,), UNKNOWN) if labels is None else checked_labels("labels", labels, (rows,), classes, unknown=True)
+        told = torch.full((rows,), UNKNOWN) if labels is None else checked_labels("labels", labels, (rows,), classes, UNKNOWN)
         told = told.expand(rows).to(log_qy.device)
         log_weights = self._known(log_qy, told)
         mixture, seen = GaussianMixture(components, log_weights), torch.ones(rows, 1, dtype=torch.bool, device=told.device)

@@ -5,7 +5,7 @@ r"""Classifiers on the latent: a VAE and a linear layer or a small network that 
 Three ways to train, with labels y, the number of a class or -100 where it is not known:
 
     fine-tuned     loss = -log p(y|x)                    ``alpha`` None
-    frozen         the same after :meth:`LatentClassifier.freeze`: a probe; no weight or statistic of the VAE changes
+    frozen         the same after :meth:`HeadedVAE.freeze`: a probe; no weight or statistic of the VAE changes
     jointly        loss = -ELBO - alpha log p(y|x)       rows without a label count in the ELBO alone
 
 ``from_pretrained`` takes the folder of a VAE, to which it adds a new head, and a VAE's takes the folder of a classifier. The head's shape
@@ -17,7 +17,6 @@ References:
 """
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -25,21 +24,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from mmvae.aggregation import Posterior
 from mmvae.models.base import VAE
+from mmvae.models.classes import UNKNOWN, checked_labels
 from mmvae.models.configuration import MMVAEConfig, VAEConfig, refuse_unknown
+from mmvae.models.headed import HeadedVAE
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
 from mmvae.models.mmvae import MMVAE
 from mmvae.models.text_vae import TextVAE, TextVAEConfig
 from mmvae.noise import fold, keyed_uniform
 from mmvae.objectives import OBJECTIVES, Objective
 
-UNLABELLED = -100  # the label of a row of which the class is not known, as everywhere in torch and transformers
-_NOT_OF_THE_SHAPE = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "transformers_version")
 _FEATURES = 0x66656174  # keeps the noise of what the head reads apart from that of the ELBO
 
 
@@ -67,14 +65,11 @@ class ClassifierOutput(ModelOutput):
     latent_logvar: Tensor | None = None
 
 
-class LatentClassifier(PreTrainedModel):
+class LatentClassifier(HeadedVAE):
     """A VAE, ``base_model``, with a ``head`` that gives the class of a row; see the module's docstring. One subclass per kind of VAE."""
 
-    config: VAEConfig
     vae_class: ClassVar[type[VAE]]
-    supports_gradient_checkpointing = False
-    accepts_loss_kwargs = False  # Trainer must divide by the accumulation steps itself
-    model_tags: ClassVar[list[str]] = ["mmvae", "vae"]
+    head_name = "head"
 
     def __init__(self, config: VAEConfig):
         super().__init__(config)
@@ -88,60 +83,6 @@ class LatentClassifier(PreTrainedModel):
             layers += [nn.Linear(width, hidden), nn.SiLU(), nn.Dropout(config.classifier_dropout)]
         self.head = nn.Sequential(*layers, nn.Linear(hidden or width, config.num_labels))
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "LatentClassifier":
-        """A classifier from the folder of one, or of a VAE, to which it adds a new head; see ``PreTrainedModel.from_pretrained``.
-
-        Raises:
-            ValueError: naming the fields of the configuration in which the folder's differs from what was asked for, where its weights do
-                not fit that; or a folder of another kind of model.
-        """
-        saved = cls.config_class.get_config_dict(pretrained_model_name_or_path)[0]
-        if saved.get("model_type") != cls.config_class.model_type:
-            expected = f"expected {cls.config_class.model_type!r} for {cls.__name__}"
-            raise ValueError(f"{pretrained_model_name_or_path}: model_type: received {saved.get('model_type')!r}, {expected}")
-        told, lost, cause = kwargs.pop("output_loading_info", False), [], None
-        try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-            lost = [name for name in info["missing_keys"] if not name.startswith("head.")]
-        except RuntimeError as error:
-            cause = error
-        if lost or cause:
-            asked = kwargs["config"].to_dict() if isinstance(kwargs.get("config"), VAEConfig) else dict(kwargs)
-            asked |= {"num_labels": len(asked["id2label"])} if asked.get("id2label") else {}
-            had = cls.config_class.from_dict(saved)
-            differing = list(_differing(had.to_dict() | {"num_labels": had.num_labels}, asked))
-            why = "; ".join(differing) or (str(cause) if cause else f"{lost[0]} is missing")
-            raise ValueError(f"{pretrained_model_name_or_path}: its weights do not fit: {why}") from cause
-        return (model, info) if told else model
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """The VAE's inputs, and "labels"."""
-        return (*self.base_model.input_names, "labels")
-
-    @property
-    def condition_names(self) -> tuple[str, ...]:
-        """What the VAE's p(x|z) may depend on besides z."""
-        return self.base_model.condition_names
-
-    def freeze(self, frozen: bool = True) -> "LatentClassifier":
-        """Leave the VAE as it is, its statistics too, and train the head alone; or, with False, train everything again."""
-        self.base_model.requires_grad_(not frozen)
-        return self.train(self.training)
-
-    @property
-    def frozen(self) -> bool:
-        """Whether only the head is trained."""
-        return not any(parameter.requires_grad for parameter in self.base_model.parameters())
-
-    def train(self, mode: bool = True) -> "LatentClassifier":
-        """Training mode, in which a frozen VAE stays in evaluation mode: no dropout, no input noise, no statistics."""
-        super().train(mode)
-        if self.frozen:
-            self.base_model.eval()
-        return self
 
     def classify(
         self,
@@ -166,7 +107,7 @@ class LatentClassifier(PreTrainedModel):
             sample_posterior: sample, or use the mean; None samples in training mode only.
 
         Raises:
-            ValueError: labels of another shape or kind than (B,) int64; in the host's memory also for one that is no class.
+            ValueError: for labels that are not (B,) whole numbers; in the host's memory also for one that is no class.
         """
         alpha = self.config.classifier_alpha if alpha is None else alpha
         sampled = self.training if sample_posterior is None else sample_posterior
@@ -176,8 +117,8 @@ class LatentClassifier(PreTrainedModel):
         latent = {"latent_mean": mean, "latent_logvar": logvar}
         if labels is None:
             return ClassifierOutput(logits=logits, **latent)
-        self._check(labels, logits)
-        loss_rows = cross_entropy = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="none")
+        labels = checked_labels("labels", labels, logits.shape[:1], logits.shape[1], UNKNOWN)
+        loss_rows = cross_entropy = F.cross_entropy(logits, labels, ignore_index=UNKNOWN, reduction="none")
         if alpha is not None:
             out = self.base_model.bound(inputs, beta, num_samples, objective, noise_key, sampled, q=q)
             loss_rows = out.loss_rows + alpha * cross_entropy
@@ -193,25 +134,6 @@ class LatentClassifier(PreTrainedModel):
         uniform = torch.rand(len(mean), device=mean.device) if key is None else keyed_uniform(fold(_FEATURES, key), ())
         one, _ = q.at(q.draw(uniform))  # a mixture's component, by its weight
         return (one.loc + one.stddev * self.base_model._normal(one, key, 1, 0, one.event_shape, _FEATURES))[0]
-
-    def _check(self, labels: Tensor, logits: Tensor) -> None:
-        rows, classes = logits.shape
-        if tuple(labels.shape) != (rows,) or labels.dtype != torch.int64:
-            raise ValueError(f"labels: received {labels.dtype} of shape {tuple(labels.shape)}, expected torch.int64 of shape {(rows,)}")
-        if labels.is_cpu:  # on an accelerator the comparison would wait for the device
-            wrong = ((labels != UNLABELLED) & ((labels < 0) | (labels >= classes))).nonzero().flatten()
-            if len(wrong):
-                expected = f"expected 0 to {classes - 1}, or {UNLABELLED} for a row without a label"
-                raise ValueError(f"labels: received {int(labels[wrong[0]])} in row {int(wrong[0])}, {expected}")
-
-
-def _differing(had: Mapping[str, Any], asked: Mapping[str, Any], at: str = "") -> Iterator[str]:
-    """The fields, those of modalities too, in which a configuration is not what was asked for."""
-    for name, value in asked.items():
-        if name == "modalities" or at == "modalities.":
-            yield from _differing(had.get(name, {}), value, f"{at}{name}.")
-        elif name in had and had[name] != value and name not in _NOT_OF_THE_SHAPE:
-            yield f"{at}{name}: has {had[name]!r}, asked for {value!r}"
 
 
 class ImageVAEForImageClassification(LatentClassifier):

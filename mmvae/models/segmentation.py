@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from mmvae.models.base import outputs_of
+from mmvae.models.classes import checked_labels
 from mmvae.models.configuration import refuse_unknown
+from mmvae.models.headed import HeadedVAE
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
 from mmvae.objectives import Objective
 from mmvae.pose import OUTSIDE, within
@@ -55,7 +56,7 @@ class SegmenterOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class ImageVAEForSemanticSegmentation(PreTrainedModel):
+class ImageVAEForSemanticSegmentation(HeadedVAE):
     """An :class:`ImageVAE` without classes of its own, and a head that gives the class of every pixel; see the module's docstring.
 
     ``from_pretrained`` takes a folder of an ``ImageVAE``, to which it adds a new head, and ``ImageVAE.from_pretrained`` one of this model.
@@ -71,11 +72,7 @@ class ImageVAEForSemanticSegmentation(PreTrainedModel):
     base_model_prefix = "image_vae"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    input_names: ClassVar[tuple[str, ...]] = ("pixel_values", "labels")
-    condition_names: ClassVar[tuple[str, ...]] = ()
-    supports_gradient_checkpointing = False
-    accepts_loss_kwargs = False  # Trainer must divide by the accumulation steps itself
-    model_tags: ClassVar[list[str]] = ["mmvae", "vae"]
+    head_name = "mask_head"
     _no_split_modules: ClassVar[list[str]] = ["ResidualBlock"]
 
     def __init__(self, config: ImageVAEConfig):
@@ -91,23 +88,6 @@ class ImageVAEForSemanticSegmentation(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         self.image_vae._init_weights(module)
-
-    def freeze(self, frozen: bool = True) -> "ImageVAEForSemanticSegmentation":
-        """Leave the VAE as it is, its statistics too, and train the head alone; or, with False, train everything again."""
-        self.image_vae.requires_grad_(not frozen)
-        return self.train(self.training)
-
-    @property
-    def frozen(self) -> bool:
-        """Whether only the head is trained."""
-        return not any(parameter.requires_grad for parameter in self.image_vae.parameters())
-
-    def train(self, mode: bool = True) -> "ImageVAEForSemanticSegmentation":
-        """Training mode, in which a frozen VAE stays in evaluation mode: no dropout, no input noise, no statistics."""
-        super().train(mode)
-        if self.frozen:
-            self.image_vae.eval()
-        return self
 
     @can_return_tuple
     def forward(
@@ -149,8 +129,8 @@ class ImageVAEForSemanticSegmentation(PreTrainedModel):
         given = {name: value for name, value in out.items() if name in SegmenterOutput.__annotations__ and "loss" not in name}
         if labels is None:
             return SegmenterOutput(logits=logits, **given)
-        self._check(labels, logits)
-        cross_entropy = F.cross_entropy(logits.float(), labels.long(), ignore_index=UNLABELLED, reduction="none").sum((1, 2))
+        labels = checked_labels("labels", labels, (len(logits), *logits.shape[2:]), logits.shape[1], UNLABELLED)
+        cross_entropy = F.cross_entropy(logits.float(), labels, ignore_index=UNLABELLED, reduction="none").sum((1, 2))
         # times 0: every parameter has a gradient, which data-parallel training needs
         loss_rows = cross_entropy + 0 * out.loss_rows if alpha is None else out.loss_rows + alpha * cross_entropy
         return SegmenterOutput(loss=loss_rows.mean(), logits=logits, loss_rows=loss_rows, cross_entropy=cross_entropy, **given)
@@ -165,12 +145,3 @@ class ImageVAEForSemanticSegmentation(PreTrainedModel):
         outside = torch.full((drawn.shape[1], 1, 1), OUTSIDE, dtype=drawn.dtype, device=drawn.device)
         outside[0] = 0
         return within(drawn, vae.pose.places(z[:, vae.content_dim :]), outside)
-
-    def _check(self, labels: Tensor, logits: Tensor) -> None:
-        expected, classes = (len(logits), *logits.shape[2:]), logits.shape[1]
-        if tuple(labels.shape) != expected or labels.is_floating_point():
-            raise ValueError(f"labels: received {labels.dtype} of shape {tuple(labels.shape)}, expected whole numbers of shape {expected}")
-        if labels.is_cpu and labels.numel():
-            wrong = labels[(labels != UNLABELLED) & ((labels < 0) | (labels >= classes))]
-            if len(wrong):
-                raise ValueError(f"labels: received {int(wrong[0])}, expected 0 to {classes - 1}, or {UNLABELLED} where nothing is known")
