@@ -7,6 +7,7 @@ Blocks are those that are fast on CPU and GPU alike: space-to-depth instead of a
 PixelShuffle instead of transposed ones.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -145,10 +146,21 @@ class GRUEncoder(nn.Module):
         num_layers: number of layers.
         bidirectional: read every row backwards too, from its last real token.
         dropout: between layers.
+        pooling: what the summary is made of, the last layer's states: the "last" one, or their "mean" or "max" over the row, which
+            keeps what an early word said (Long et al., 2019, https://arxiv.org/abs/1911.03976).
     """
 
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, bidirectional: bool = False, dropout: float = 0.0):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        pooling: str = "last",
+    ):
         super().__init__()
+        self.pooling = pooling
         directions = 2 if bidirectional else 1
         sizes = [input_size] + [hidden_size * directions] * (num_layers - 1)
         self.forwards = nn.ModuleList(nn.GRU(size, hidden_size, batch_first=True) for size in sizes)
@@ -165,7 +177,7 @@ class GRUEncoder(nn.Module):
             lengths: (B,) real tokens of each row, >= 1; the rest is padding at the right.
 
         Returns:
-            The states (B, T, H * directions), arbitrary on padding, and the summary (B, H * directions): the last layer's state after
+            The states (B, T, H * directions), arbitrary on padding, and the summary (B, H * directions); the "last" state is that after
             the last token, and for the backward direction after the first.
         """
         position = torch.arange(x.shape[1], device=x.device)
@@ -179,7 +191,12 @@ class GRUEncoder(nn.Module):
                 ends.append(back.gather(1, last.expand(-1, 1, back.shape[-1])).squeeze(1))
                 y = torch.cat([y, back.gather(1, mirror.expand_as(back))], -1)
             x = self.states[i](y)
-        return x, torch.cat(ends, -1)
+        if self.pooling == "last":
+            return x, torch.cat(ends, -1)
+        padding = (position >= lengths.unsqueeze(1)).unsqueeze(-1)
+        if self.pooling == "max":
+            return x, x.masked_fill(padding, -math.inf).amax(1)
+        return x, x.masked_fill(padding, 0.0).sum(1) / lengths.unsqueeze(1)
 
 
 class GRUDecoder(nn.Module):

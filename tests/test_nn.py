@@ -77,10 +77,14 @@ def test_gru_encoder_equals_torch_on_each_row_alone(layers, bidirectional):
         expected, last = reference(x[row : row + 1, :length])
         torch.testing.assert_close(states[row, :length], expected[0])
         torch.testing.assert_close(summary[row], last[-2 if bidirectional else -1 :].flatten())
+        for pooling, pooled in {"mean": expected[0].mean(0), "max": expected[0].amax(0)}.items():
+            encoder.pooling = pooling
+            torch.testing.assert_close(encoder(x, lengths)[1][row], pooled)
 
 
-def test_padding_takes_no_gradient():
-    encoder = GRUEncoder(3, 4, 2, True)
+@pytest.mark.parametrize("pooling", ["last", "mean", "max"])
+def test_padding_takes_no_gradient(pooling):
+    encoder = GRUEncoder(3, 4, 2, True, pooling=pooling)
     x = torch.randn(2, 6, 3, requires_grad=True)
     summary = encoder(x, torch.tensor([2, 6]))[1]
     gradient = torch.autograd.grad(summary.sum(), x)[0]

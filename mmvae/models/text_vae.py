@@ -37,6 +37,7 @@ class TextVAEConfig(ClassVAEConfig):
         hidden_size: H, per direction in the encoder.
         encoder_layers, decoder_layers: GRU layers.
         bidirectional: read rows in both directions.
+        pooling: what the posterior reads of the encoder's states: the "last" one, or their "mean" or "max".
         embedding_dropout: on the embeddings of the decoder's inputs, [0, 1).
         encoder_dropout: on the embeddings of the encoder's inputs, [0, 1).
         dropout: on the decoder's outputs and between layers, [0, 1).
@@ -56,6 +57,7 @@ class TextVAEConfig(ClassVAEConfig):
     encoder_layers: int = 1
     decoder_layers: int = 1
     bidirectional: bool = False
+    pooling: str = "last"
     embedding_dropout: float | int = 0.0
     encoder_dropout: float | int = 0.0
     dropout: float | int = 0.0
@@ -78,6 +80,8 @@ class TextVAEConfig(ClassVAEConfig):
         "dropout": (0, 0.99),
         "word_dropout": (0, 1),
     }
+
+    choices: ClassVar[dict[str, Sequence[Any]]] = ClassVAEConfig.choices | {"pooling": ("last", "mean", "max")}
 
     def validate_architecture(self) -> None:
         """Check the fields; see :meth:`VAEConfig.validate_architecture`."""
@@ -108,21 +112,13 @@ class TextVAE(ClassVAE, GenerationMixin):
 
     def __init__(self, config: TextVAEConfig):
         super().__init__(config)
-        self.decoder = GRUDecoder(
-            config.vocab_size,
-            config.embedding_size,
-            config.hidden_size,
-            config.latent_dim + config.num_classes,
-            num_layers=config.decoder_layers,
-            embedding_dropout=config.embedding_dropout,
-            dropout=config.dropout,
-            tied=config.tie_word_embeddings,
-        )
+        size, latent = config.hidden_size, config.latent_dim + config.num_classes
+        options = {"num_layers": config.decoder_layers, "embedding_dropout": config.embedding_dropout, "dropout": config.dropout}
+        self.decoder = GRUDecoder(config.vocab_size, config.embedding_size, size, latent, tied=config.tie_word_embeddings, **options)
         self.encoder_embedding = None if config.share_embeddings else nn.Embedding(config.vocab_size, config.embedding_size)
         self.encoder_dropout = nn.Dropout(config.encoder_dropout)
-        self.encoder = GRUEncoder(
-            config.embedding_size, config.hidden_size, config.encoder_layers, config.bidirectional, config.encoder_dropout
-        )
+        options = {"bidirectional": config.bidirectional, "dropout": config.encoder_dropout, "pooling": config.pooling}
+        self.encoder = GRUEncoder(config.embedding_size, size, config.encoder_layers, **options)
         self.to_moments = nn.Linear(self.encoder.output_size, 2 * config.latent_dim)
         self.lm_head = nn.Linear(config.embedding_size if config.tie_word_embeddings else config.hidden_size, config.vocab_size)
         self.build_classes(self.encoder.output_size)
