@@ -24,13 +24,12 @@ from mmvae.density_fitting import fit_densities
 from mmvae.evaluation import Transform, evaluate_elbo, evaluate_vae, model_inputs
 from mmvae.hub import push, write_card, write_metrics
 from mmvae.noise import fold
-from mmvae.objectives import OBJECTIVES
 from mmvae.optimization import EMA, unwrap, update
 from mmvae.options import RunArguments, parse
+from mmvae.phases import begin, build_phases, part_of, phase_at
 from mmvae.pictures import curves
 from mmvae.processing import ImageVAEImageProcessor, load_tokenizer, train_tokenizer
 from mmvae.record import public, without_place
-from mmvae.schedules import SCHEDULES
 from mmvae.training import Result, fit, load_weights
 
 __all__ = [
@@ -116,32 +115,36 @@ def _figures(out: Any) -> dict[str, Tensor]:
 def vae_step(
     accelerator: Accelerator, model: torch.nn.Module, args: RunArguments, transform: Transform | None, **stepping: Any
 ) -> Callable:
-    """The training step of a VAE, with a head or without: weigh, draw noise keyed by (seed, step, row), and update.
+    """The training step of a VAE, with a head or without: weigh as the phase says, draw noise keyed by (seed, step, row), and update.
 
     Arguments:
         accelerator, model: prepared.
-        args: schedule, objective, accumulation and clipping.
+        args: phases, accumulation and clipping.
         transform: (batch, keys (B,)) -> batch, on the device.
         stepping: ``optimizer``, ``scheduler`` and ``ema`` of :func:`mmvae.training.update`.
     """
-    beta = SCHEDULES[args.kl_schedule](**args.kl_options)
-    objective = partial(OBJECTIVES[args.objective], **args.objective_options)
+    phases = build_phases(vars(args), args.phases)
 
     def step(batch: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+        phase = phase_at(phases, n)
+        beta, part = phase.beta(n), phase.part(n)
+        if n == phase.start:
+            begin(phase, model, stepping["optimizer"], args.seed)
         share = accelerator.num_processes / batch["num_rows"]
         sums: dict[str, Tensor] = {}
 
         def losses(micro: dict[str, Tensor]) -> Tensor:
             key = fold(args.seed, n, micro["row"])
             micro = transform(micro, key) if transform else micro
-            options = {"beta": beta(n), "num_samples": args.num_samples, "objective": objective, "noise_key": key}
+            options = {"beta": beta, "num_samples": phase.num_samples, "objective": phase.objective, "noise_key": key}
             out = model(**model_inputs(model, micro), **options)
             for name, value in _figures(out).items():
                 sums[name] = sums.get(name, 0.0) + (value.detach() * micro["row_weight"]).sum() * share
             return out.loss_rows
 
         options = {"accumulation": args.accumulation, "max_grad_norm": args.max_grad_norm}
-        return update(accelerator, model, losses=losses, batch=batch, **options, **stepping) | sums | {"beta": beta(n)}
+        options |= {} if part == "all" else {"trained": part_of(model, part)}
+        return update(accelerator, model, losses=losses, batch=batch, **options, **stepping) | sums | {"beta": beta}
 
     return step
 
@@ -194,7 +197,8 @@ def train(
                 unwrap(prepared).eval()
                 track(accelerator, show(unwrap(prepared), step), step)
                 unwrap(prepared).train()
-        annealed = beta(scheduler.last_epoch - 1) >= 0.99 * beta(steps - 1)  # before that, an unused latent may still come into use
+        now, end = (phase_at(phases, n).beta(n) for n in (max(scheduler.last_epoch - 1, 0), steps - 1))
+        annealed = now >= 0.99 * end  # before that, an unused latent may still come into use
         if figures.get("active_units") == 0 and annealed and accelerator.is_main_process:
             logger.warning(
                 "posterior collapse at step %d: no latent unit is active (KL %.3f nats); try free bits, a slower kl_schedule or more "
@@ -204,7 +208,7 @@ def train(
             )
         return figures
 
-    beta = SCHEDULES[args.kl_schedule](**args.kl_options)
+    phases = build_phases(vars(args), args.phases)
     step = vae_step(accelerator, prepared, args, transform, optimizer=optimizer, scheduler=scheduler, ema=ema)
     options = {name: value for name, value in asdict(args).items() if name not in _FREE} | {"mixed_precision": accelerator.mixed_precision}
     model.train()

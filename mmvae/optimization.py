@@ -16,7 +16,7 @@ References:
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -123,6 +123,7 @@ def update(
     max_grad_norm: float | None = None,
     scheduler: LRScheduler | None = None,
     ema: EMA | None = None,
+    trained: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Take one optimizer step on this rank's share of a global batch: backward by micro-batches, clip, step, average the weights.
 
@@ -144,6 +145,7 @@ def update(
         scheduler: stepped once, whether or not the step was taken, so that the learning rate is a pure function of the
             step.
         ema: updated once.
+        trained: names of the parameters that take this step; all do when None.
 
     Returns:
         ``loss`` () (averaging it over ranks gives the mean over the global batch), ``grad_norm`` () before clipping,
@@ -153,6 +155,9 @@ def update(
         raise ValueError(f"accumulation={accumulation}: expected at least 1")
     optimizer.zero_grad()
     loss = _backward(accelerator, model, losses, batch, accumulation)
+    for name, parameter in unwrap(model).named_parameters() if trained is not None else ():
+        if name not in trained:
+            parameter.grad = None  # after backward: data-parallel training waits for the gradient of every one
     norm = accelerator.clip_grad_norm_(model.parameters(), float("inf") if max_grad_norm is None else max_grad_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     skipped = (~torch.isfinite(norm)).float()

@@ -13,8 +13,8 @@ import yaml
 from transformers import HfArgumentParser, SchedulerType
 
 from mmvae.hub import check_repo_id
-from mmvae.models.configuration import bind
 from mmvae.objectives import OBJECTIVES
+from mmvae.phases import build_phases
 from mmvae.schedules import SCHEDULES
 
 LR_SCHEDULES = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}  # these step on a metric, not on a step
@@ -50,6 +50,7 @@ class RunArguments:
     objective: str = field(default="elbo", metadata={"help": "elbo, iwae or dreg"})
     objective_options: str = field(default="{}", metadata={"help": 'for example {"free_bits": 0.1}'})
     num_samples: int = field(default=1, metadata={"help": "posterior samples per row in training"})
+    phases: str = field(default="[]", metadata={"help": "parts of the run that differ in these four, or train or reset a part: phases.py"})
     eval_every: int | None = field(default=None, metadata={"help": "steps between validations; by default an epoch"})
     monitor: str = field(default="neg_elbo_nats", metadata={"help": "validation figure whose least value decides what is kept; or last"})
     patience: int | None = field(default=None, metadata={"help": "validations without improvement after which training stops"})
@@ -75,9 +76,8 @@ class RunArguments:
             given = mapping(name, getattr(self, name))
             meant_for_another = getattr(self, of) != default[of] and given == mapping(name, default[name])
             setattr(self, name, {} if meant_for_another else given)
-        bind("kl_options", SCHEDULES[self.kl_schedule], self.kl_options)
-        bind("objective_options", OBJECTIVES[self.objective], self.objective_options, given=("terms", "beta"))
-        SCHEDULES[self.kl_schedule](**self.kl_options)  # checks the values
+        self.phases = sequence("phases", self.phases)
+        build_phases(vars(self), self.phases)  # checks the values
         if self.num_epochs is None and self.max_steps is None:
             raise ValueError("num_epochs and max_steps: received neither, expected one of them")
         if self.monitor not in self.monitors:
@@ -118,6 +118,15 @@ def mapping(name: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"""{name}: received {value!r}, expected a mapping, for example '{{"steps": 500}}'""")
     return dict(value)
+
+
+def sequence(name: str, value: str | Sequence[Any]) -> list[Any]:
+    """An option that is a list, from JSON or as it is; raises ValueError, naming the option, when it is none."""
+    with contextlib.suppress(ValueError):
+        value = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{name}: received {value!r}, expected a list")
+    return list(value)
 
 
 def parse_modalities(text: str, kinds: Iterable[str]) -> dict[str, tuple[str, str | None]]:

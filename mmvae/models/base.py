@@ -101,6 +101,7 @@ class VAE(PreTrainedModel):
     Attributes:
         input_names: the inputs that are encoded and scored, main input first.
         condition_names: the inputs that p(x|z) may depend on besides z.
+        inference_modules: names of its modules that make q(z|x).
     """
 
     config: VAEConfig
@@ -110,6 +111,7 @@ class VAE(PreTrainedModel):
     model_tags: ClassVar[list[str]] = ["mmvae", "vae"]
     input_names: ClassVar[tuple[str, ...]] = ()
     condition_names: ClassVar[tuple[str, ...]] = ()
+    inference_modules: ClassVar[tuple[str, ...]] = ("encoder", "to_moments")
 
     def post_init(self) -> None:
         """Add the densities that the configuration names, and what transformers does at the end of ``__init__``."""

@@ -114,6 +114,7 @@ class ClassVAE(VAEModel):
 
     config: ClassVAEConfig
     to_moments: nn.Module
+    inference_modules = (*VAEModel.inference_modules, "classifier", "class_moments")
 
     def __init__(self, config: ClassVAEConfig):
         super().__init__(config)

@@ -59,6 +59,11 @@ class HeadedVAE(PreTrainedModel):
         """What the VAE's p(x|z) may depend on besides z."""
         return self.base_model.condition_names
 
+    @property
+    def inference_modules(self) -> tuple[str, ...]:
+        """The head, beside those of the VAE."""
+        return (self.head_name,)
+
     def freeze(self, frozen: bool = True) -> Self:
         """Leave the VAE as it is, its statistics too, and train the head alone; or, with False, train everything again."""
         self.base_model.requires_grad_(not frozen)

@@ -106,6 +106,7 @@ class TextVAE(ClassVAE, GenerationMixin):
     input_modalities = ("text",)
     base_model_prefix = "text_vae"
     input_names = ("input_ids", "attention_mask")
+    inference_modules = (*ClassVAE.inference_modules, "encoder_embedding")
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "decoder.embed_tokens.weight"}
     _no_split_modules: ClassVar[list[str]] = ["GRUEncoder", "GRUDecoder"]
     _is_stateful = True

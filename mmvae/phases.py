@@ -1,0 +1,149 @@
+r"""Phases of a training run: each has an objective, a schedule that counts from its first step, parts that it trains, and an end.
+
+A run without phases is one phase. With them each overrides what the run says:
+
+    phases:
+    - {steps: 4000, kl_schedule: constant, kl_options: {weight: 0}}                  # an autoencoder first
+    - {reset: generation, kl_options: {steps: 9000}, objective_options: {free_bits: 0.25}}   # then a new decoder
+
+Which phase a step belongs to, and which parts it trains, are functions of the step alone, so that a run may stop anywhere. Parts are
+"inference", the modules that make q(z|x), "generation", all others, and "all". ``{"inference": 10, "all": 1}`` trains ten steps
+of the one, one step of the other, and begins again: the fixed form of aggressive training.
+
+References:
+    He et al. (2019), Lagging inference networks and posterior collapse, https://arxiv.org/abs/1901.05534 (aggressive training)
+    Li et al. (2019), A surprisingly effective fix for deep latent variable modeling of text, https://arxiv.org/abs/1909.00868
+        (autoencoder first, then a new decoder and free bits)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmvae.models.configuration import bind
+from mmvae.noise import fold
+from mmvae.objectives import OBJECTIVES, Objective
+from mmvae.optimization import unwrap
+from mmvae.schedules import SCHEDULES, Schedule
+
+PARTS = ("inference", "generation", "all")
+_OPTIONS = {"steps", "kl_schedule", "kl_options", "objective", "objective_options", "num_samples", "trained", "reset"}
+_RESET = 0x72657365  # keeps the new weights' random numbers apart from the noise of the step
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run.
+
+    Attributes:
+        start: its first step.
+        schedule: steps since then -> weight of the divergence.
+        objective: (terms, beta) -> (B,) nats.
+        num_samples: posterior samples per row.
+        trained: what one step after the other trains, again and again; each of ``PARTS``.
+        reset: of ``PARTS``, what its first step gives new weights; None for nothing.
+    """
+
+    start: int
+    schedule: Schedule
+    objective: Objective
+    num_samples: int = 1
+    trained: tuple[str, ...] = ("all",)
+    reset: str | None = None
+
+    def beta(self, step: int) -> float:
+        """Weight of the divergence at a step of the run."""
+        return self.schedule(step - self.start)
+
+    def part(self, step: int) -> str:
+        """What a step of the run trains."""
+        return self.trained[(step - self.start) % len(self.trained)]
+
+
+def build_phases(run: Mapping[str, Any], phases: Sequence[Mapping[str, Any]]) -> list[Phase]:
+    """Phases from what a configuration says.
+
+    Arguments:
+        run: ``kl_schedule``, ``kl_options``, ``objective``, ``objective_options`` and ``num_samples`` of phases that do not say.
+        phases: options of each, those of ``run`` and ``steps``, ``trained`` and ``reset``; the last has no ``steps``. None: one phase.
+
+    Raises:
+        ValueError: naming the phase, the option, what it was and what was expected.
+    """
+    built, start = [], 0
+    for number, given in enumerate(phases or [{}]):
+        last = number == max(len(phases) - 1, 0)
+        where = f"phases[{number}]." if phases else ""
+        if not isinstance(given, Mapping) or given.keys() - _OPTIONS:
+            raise ValueError(f"phases[{number}]: received {given!r}, expected a mapping with some of {sorted(_OPTIONS)}")
+        steps = given.get("steps")
+        if (steps is None) != last or (not last and (not isinstance(steps, int) or steps < 1)):
+            expected = "none for the last phase, which goes on to the end" if last else "at least 1"
+            raise ValueError(f"{where}steps: received {steps!r}, expected {expected}")
+        built.append(_phase(where, start, {**_inherited(run, given), **given}))
+        start += steps or 0
+    return built
+
+
+def _inherited(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a phase takes from the run: options of a schedule or objective only where it has the same one."""
+    same = {of: given.get(of, run[of]) == run[of] for of in ("kl_schedule", "objective")}
+    options = {"kl_options": "kl_schedule", "objective_options": "objective"}
+    return {**run, **{name: run[name] if same[of] else {} for name, of in options.items()}}
+
+
+def _phase(where: str, start: int, options: Mapping[str, Any]) -> Phase:
+    for name, table in (("kl_schedule", SCHEDULES), ("objective", OBJECTIVES)):
+        if options[name] not in table:
+            raise ValueError(f"{where}{name}: received {options[name]!r}, expected one of {sorted(table)}")
+    schedule, objective = SCHEDULES[options["kl_schedule"]], OBJECTIVES[options["objective"]]
+    bind(f"{where}kl_options", schedule, options["kl_options"])
+    bind(f"{where}objective_options", objective, options["objective_options"], given=("terms", "beta"))
+    if not isinstance(options["num_samples"], int) or options["num_samples"] < 1:
+        raise ValueError(f"{where}num_samples: received {options['num_samples']!r}, expected at least 1")
+    trained, reset = options.get("trained", "all"), options.get("reset")
+    counts = trained if isinstance(trained, Mapping) else {trained: 1}
+    for part, count in counts.items():
+        if part not in PARTS or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{where}trained: received {trained!r}, expected one of {PARTS}, or steps of each by name")
+    if reset not in (None, *PARTS):
+        raise ValueError(f"{where}reset: received {reset!r}, expected one of {PARTS}, or none")
+    cycle = tuple(part for part, count in counts.items() for _ in range(count))
+    bound = partial(objective, **options["objective_options"])
+    return Phase(start, schedule(**options["kl_options"]), bound, options["num_samples"], cycle, reset)
+
+
+def phase_at(phases: Sequence[Phase], step: int) -> Phase:
+    """The phase that a step belongs to."""
+    return next((now for now, then in pairwise(phases) if step < then.start), phases[-1])
+
+
+def part_of(model: nn.Module, part: str) -> set[str]:
+    """Names of the parameters that belong to a part; to "inference" those of the ``inference_modules`` of every VAE inside."""
+    plain = unwrap(model)
+    holders = [(f"{name}." if name else "", getattr(module, "inference_modules", ())) for name, module in plain.named_modules()]
+    inside = tuple(f"{prefix}{child}." for prefix, children in holders for child in children)
+    names = {name for name, _ in plain.named_parameters()}
+    inference = {name for name in names if name.startswith(inside)}
+    return {"inference": inference, "generation": names - inference, "all": names}[part]
+
+
+@torch.no_grad()
+def begin(phase: Phase, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """Give the part that a phase resets new weights, the same on every rank, and forget its moments."""
+    if phase.reset is None:
+        return
+    plain, inner = unwrap(model), getattr(optimizer, "optimizer", optimizer)
+    parameters = dict(plain.named_parameters())
+    new = part_of(plain, phase.reset)
+    torch.manual_seed(fold(seed, phase.start, _RESET))
+    for name, module in plain.named_modules():
+        if not new.isdisjoint(f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)):
+            plain._init_weights(module)
+    for name in new:
+        inner.state.pop(parameters[name], None)
