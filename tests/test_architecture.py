@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"distributions", "schedules", "noise"},
     {"likelihoods", "priors", "aggregation", "objectives", "metrics"},
-    {"nn", "density", "densities", "pose", "angles"},
+    {"nn", "recurrent", "density", "densities", "pose", "angles"},
     {"models"},
     {"data", "processing", "joint_processing", "pictures", "templates", "negatives"},
     {"tree", "checkpoint", "snapshot", "optimization", "loop", "training", "record", "hub", "phases", "options"}

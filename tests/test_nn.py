@@ -1,12 +1,10 @@
-"""Networks: shapes at every size, padding that changes nothing, and token losses equal to those of torch."""
+"""Convolution trunks: shapes at every size, and how far they look."""
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, GRUEncoder, ResidualBlock, fold_leading, linear_cross_entropy, receptive_radius
+from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, ResidualBlock, fold_leading, receptive_radius
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -58,105 +56,6 @@ def test_the_receptive_radius_covers_what_an_output_depends_on(levels, blocks):
     assert reach[inside, inside].any()
     reach[inside, inside] = 0
     assert not reach.any()
-
-
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("layers", [1, 3])
-def test_gru_encoder_equals_torch_on_each_row_alone(layers, bidirectional):
-    encoder = GRUEncoder(5, 7, layers, bidirectional).double()
-    reference = nn.GRU(5, 7, layers, batch_first=True, bidirectional=bidirectional).double()
-    for i in range(layers):
-        for gru, suffix in [(encoder.forwards[i], ""), *([(encoder.backwards[i], "_reverse")] if bidirectional else [])]:
-            for name, parameter in gru.named_parameters():
-                getattr(reference, name.replace("_l0", f"_l{i}{suffix}")).data.copy_(parameter.data)
-    lengths = torch.tensor([4, 9, 1, 6])
-    x = torch.randn(4, 9, 5, dtype=torch.float64)
-    x[torch.arange(9) >= lengths.unsqueeze(1)] = 1e6  # padding must not matter
-    states, summary = encoder(x, lengths)
-    for row, length in enumerate(lengths.tolist()):
-        expected, last = reference(x[row : row + 1, :length])
-        torch.testing.assert_close(states[row, :length], expected[0])
-        torch.testing.assert_close(summary[row], last[-2 if bidirectional else -1 :].flatten())
-        for pooling, pooled in {"mean": expected[0].mean(0), "max": expected[0].amax(0)}.items():
-            encoder.pooling = pooling
-            torch.testing.assert_close(encoder(x, lengths)[1][row], pooled)
-
-
-@pytest.mark.parametrize("pooling", ["last", "mean", "max"])
-def test_padding_takes_no_gradient(pooling):
-    encoder = GRUEncoder(3, 4, 2, True, pooling=pooling)
-    x = torch.randn(2, 6, 3, requires_grad=True)
-    summary = encoder(x, torch.tensor([2, 6]))[1]
-    gradient = torch.autograd.grad(summary.sum(), x)[0]
-    assert not gradient[0, 2:].any()
-    assert gradient[0, :2].any()
-    assert gradient[1].abs().sum(1).all()
-
-
-@pytest.mark.parametrize("max_logits", [1, 40, 1 << 24], ids=["one row at a time", "chunks", "at once"])
-@pytest.mark.parametrize("even", [True, False], ids=["equal rows", "weighted rows"])
-def test_linear_cross_entropy_equals_torch(max_logits, even):
-    parameters = [torch.randn(shape, requires_grad=True) for shape in ((17, 6), (11, 6), (11,))]
-    target = torch.randint(0, 11, (17,))
-    weights = torch.full((17,), 0.3) if even else torch.rand(17)
-    received = linear_cross_entropy(*parameters, target, max_logits)
-    expected = F.cross_entropy(F.linear(*parameters), target, reduction="none")
-    torch.testing.assert_close(received, expected)
-    gradients = torch.autograd.grad((weights * received).sum(), parameters)
-    for gradient, reference in zip(gradients, torch.autograd.grad((weights * expected).sum(), parameters)):
-        torch.testing.assert_close(gradient, reference)
-
-
-def test_linear_cross_entropy_makes_no_gradient_that_nobody_wants():
-    x, weight, bias = torch.randn(6, 4), torch.randn(9, 4, requires_grad=True), torch.zeros(9, requires_grad=True)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        linear_cross_entropy(x, weight, bias, torch.arange(6))
-    assert counter.get_total_flops() == 2 * 6 * 4 * 9
-
-
-def test_linear_cross_entropy_of_some_frozen_parameters():
-    x, weight, bias = torch.randn(7, 6), torch.randn(11, 6), torch.randn(11)
-    target = torch.randint(0, 11, (7,))
-    for frozen in range(3):
-        parameters = [p.clone().requires_grad_(i == frozen) for i, p in enumerate((x, weight, bias))]
-        linear_cross_entropy(*parameters, target).sum().backward()
-        reference = [p.detach().clone().requires_grad_(i == frozen) for i, p in enumerate(parameters)]
-        F.cross_entropy(F.linear(*reference), target, reduction="sum").backward()
-        torch.testing.assert_close(parameters[frozen].grad, reference[frozen].grad)
-    assert not linear_cross_entropy(x, weight, bias, target).requires_grad
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_linear_cross_entropy_in_low_precision(dtype):
-    parameters = [torch.randn(shape, requires_grad=True) for shape in ((17, 6), (11, 6), (11,))]
-    low = [p.detach().to(dtype).requires_grad_() for p in parameters]
-    target = torch.randint(0, 11, (17,))
-    expected = F.cross_entropy(F.linear(*parameters), target, reduction="none")
-    plain = linear_cross_entropy(*low, target)
-    with torch.autocast("cpu", dtype):
-        cast = linear_cross_entropy(*parameters, target)
-    for received, leaves in ((plain, low), (cast, parameters)):
-        assert received.dtype == torch.float32
-        torch.testing.assert_close(received, expected, atol=0.05, rtol=0.02)
-        for gradient, p in zip(torch.autograd.grad(received.sum(), leaves), leaves):
-            assert gradient.dtype == p.dtype
-            assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("even", [True, False])
-def test_linear_cross_entropy_of_no_tokens(even):
-    parameters = [torch.randn(shape, requires_grad=True) for shape in ((0, 6), (11, 6), (11,))]
-    received = linear_cross_entropy(*parameters, torch.zeros(0, dtype=torch.long))
-    assert received.shape == (0,)
-    gradients = torch.autograd.grad(received.sum() if even else (received * torch.rand(0)).sum(), parameters)
-    assert not any(gradient.any() for gradient in gradients)
-
-
-def test_a_nan_upstream_stays_one():
-    x = torch.randn(3, 6, requires_grad=True)
-    loss = linear_cross_entropy(x, torch.randn(11, 6), torch.randn(11), torch.tensor([1, 2, 3]))
-    gradient = torch.autograd.grad(loss, x, torch.tensor([1.0, torch.nan, 1.0]))[0]
-    assert torch.equal(gradient.isnan().any(1), torch.tensor([False, True, False]))
 
 
 def test_fold_leading():

@@ -23,8 +23,9 @@ from mmvae.distributions import Autoregressive, DiagNormal
 from mmvae.models.base import VAEOutput
 from mmvae.models.classes import ClassVAE, ClassVAEConfig
 from mmvae.models.configuration import refuse_unknown
-from mmvae.nn import GRUDecoder, GRUEncoder, GRUState, fold_leading, linear_cross_entropy, right_padded
+from mmvae.nn import fold_leading
 from mmvae.objectives import Objective
+from mmvae.recurrent import GRUDecoder, GRUEncoder, GRUState, linear_cross_entropy, right_padded
 
 
 @strict
