@@ -98,6 +98,7 @@ class GRUDecoder(nn.Module):
         embedding_dropout: on the embeddings.
         dropout: on the states and between layers.
         tied: make states of width E, to be compared with the embedding, also where H differs from E.
+        skip: add a linear map of z to every state, too (Dieng et al., 2019, https://arxiv.org/abs/1807.04863).
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class GRUDecoder(nn.Module):
         embedding_dropout: float = 0.0,
         dropout: float = 0.0,
         tied: bool = False,
+        skip: bool = False,
     ):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, embedding_size)
@@ -118,6 +120,7 @@ class GRUDecoder(nn.Module):
         between = dropout if num_layers > 1 else 0.0
         self.gru = nn.GRU(embedding_size + latent_dim, hidden_size, num_layers, batch_first=True, dropout=between)
         self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Linear(latent_dim, hidden_size, bias=False) if skip else None
         self.to_embedding = nn.Linear(hidden_size, embedding_size) if tied and hidden_size != embedding_size else nn.Identity()
 
     def forward(self, tokens: Tensor, z: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -135,6 +138,7 @@ class GRUDecoder(nn.Module):
             hidden = self.to_state(z).tanh().unflatten(1, (self.gru.num_layers, -1)).transpose(0, 1).contiguous()
         x = self.embedding_dropout(self.embed_tokens(tokens))
         y, hidden = self.gru(torch.cat([x, z.unsqueeze(1).expand(-1, x.shape[1], -1).to(x.dtype)], -1), hidden.to(x.dtype))
+        y = y if self.skip is None else y + self.skip(z).unsqueeze(1)
         return self.to_embedding(self.dropout(y)), hidden
 
 

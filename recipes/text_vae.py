@@ -37,10 +37,14 @@ class TextArguments(LabelArguments):
     encoder_layers: int = 1
     decoder_layers: int = 1
     bidirectional: bool = False
+    pooling: str = field(default="last", metadata={"help": "what the posterior reads of the encoder's states: last, mean or max"})
     embedding_dropout: float = 0.0
     encoder_dropout: float = 0.0
     dropout: float = 0.0
     word_dropout: float = 0.0
+    latent_skip: bool = field(default=False, metadata={"help": "add a linear map of z to every state of the decoder"})
+    mean_scale: float = field(default=0.0, metadata={"help": "normalise the posterior's mean over the batch to this deviation: BN-VAE"})
+    bow_weight: float = field(default=0.0, metadata={"help": "weight of an auxiliary bag of words"})
     tie_word_embeddings: bool = True
     share_embeddings: bool = False
     prior: str = "standard_normal"

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"distributions", "schedules", "noise"},
-    {"likelihoods", "priors", "aggregation", "objectives", "metrics"},
+    {"likelihoods", "priors", "aggregation", "terms", "objectives", "metrics"},
     {"nn", "recurrent", "density", "densities", "pose", "angles"},
     {"models"},
     {"data", "processing", "joint_processing", "pictures", "templates", "negatives"},
@@ -108,8 +108,10 @@ def test_models_know_their_place():
         assert not siblings & {"heads", "segmentation"} or path.stem == "__init__", show(path)
         if path.stem not in ("heads", "segmentation", "__init__"):
             lower = {"base", "unimodal"} if path.stem not in ("base", "configuration") else set()
-            modality = {"classes"} if path.stem in ("image_vae", "text_vae") else set()
-            lower |= modality | {"mmvae": {"joint_generation"}, "image_vae": {"tiling"}}.get(path.stem, set())
+            modality = {"classes"} if path.stem in ("image_vae", "text_vae", "text_generation") else set()
+            lower |= modality | {"mmvae": {"joint_generation"}, "image_vae": {"tiling"}, "text_vae": {"text_generation"}}.get(
+                path.stem, set()
+            )
             assert siblings <= {"configuration"} | lower, show(path)
 
 

@@ -9,7 +9,8 @@ from linear_gaussian import JointLinearGaussian, sigma_points
 
 from mmvae.aggregation import mixture, moe, mopoe, poe
 from mmvae.distributions import DiagNormal, kl
-from mmvae.objectives import OBJECTIVES, Terms, dreg, elbo, iwae, jmvae, log_weights, mmvm, mvae, mvtcae
+from mmvae.objectives import OBJECTIVES, dreg, elbo, iwae, jmvae, log_weights, mmvm, mvae, mvtcae
+from mmvae.terms import Terms
 
 TWO, THREE = ("image", "text"), ("image", "text", "sound")
 exact_poe = partial(poe, prior_expert=True)

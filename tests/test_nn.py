@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, ResidualBlock, fold_leading, receptive_radius
+from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, ResidualBlock, ScaledMean, fold_leading, receptive_radius
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -65,3 +65,29 @@ def test_fold_leading():
         assert shape == leading
         assert flat.shape[1:] == x.shape[4 - dims :]
         assert torch.equal(flat.reshape(x.shape), x)
+
+
+@pytest.mark.parametrize("shape", [(50,), (3, 20)], ids=["rows", "classes and rows"])
+def test_a_scaled_mean_keeps_the_divergence_from_the_prior(shape):
+    scaled = ScaledMean(4, 0.6)
+    moments = torch.cat([0.1 * torch.randn(*shape, 4) + 7, torch.randn(*shape, 4)], -1)  # means that are nearly all alike
+    out = scaled(moments)
+    mean, logvar = out.chunk(2, -1)
+    torch.testing.assert_close(mean.reshape(-1, 4).std(0, correction=0), torch.full((4,), 0.6), atol=3e-3, rtol=0)
+    assert torch.equal(logvar, moments.chunk(2, -1)[1])
+    kl = 0.5 * (mean**2 + logvar.exp() - logvar - 1).sum(-1)
+    assert kl.mean() >= 4 * 0.6**2 / 2 - 0.01
+
+
+def test_a_scaled_mean_of_one_row_or_in_evaluation_uses_what_it_has_seen():
+    scaled = ScaledMean(2, 0.5)
+    for _ in range(200):
+        scaled(torch.cat([3 + 2 * torch.randn(64, 2), torch.zeros(64, 2)], 1))
+    with torch.no_grad():
+        scaled.shift.fill_(0.25)
+    row = torch.tensor([[3.0, 5.0, 0.0, 0.0]])
+    before = scaled.norm.running_mean.clone()
+    expected = torch.tensor([[0.25, 0.75, 0.0, 0.0]])
+    torch.testing.assert_close(scaled(row), expected, atol=0.1, rtol=0)
+    torch.testing.assert_close(scaled.eval()(row.repeat(3, 1)), expected.repeat(3, 1), atol=0.1, rtol=0)
+    assert torch.equal(scaled.norm.running_mean, before)

@@ -10,7 +10,8 @@ from linear_gaussian import linear_gaussian
 
 from mmvae.aggregation import Posterior, alone
 from mmvae.distributions import DiagNormal, GaussianMixture, kl
-from mmvae.objectives import OBJECTIVES, Terms, dreg, elbo, free_bits, iwae, kl_to_prior, log_weights
+from mmvae.objectives import OBJECTIVES, capacity, dreg, elbo, iwae, log_weights
+from mmvae.terms import Terms, free_bits, kl_to_prior
 
 SAMPLED = {"sample_posterior": True}
 
@@ -41,6 +42,26 @@ def test_elbo_falls_short_by_the_divergence_from_the_exact_posterior():
     out = model(x, num_samples=200_000, **SAMPLED)
     assert gap.min() > 0.1
     torch.testing.assert_close(out.elbo + gap, model.exact_log_marginal(x), atol=0.03, rtol=0)
+
+
+def test_capacity_is_the_elbo_about_the_capacity():
+    given = terms()
+    below, above = kl_to_prior(given).min().item() - 1, kl_to_prior(given).max().item() + 1
+    reached, short = capacity(given, nats=below, strength=3.0), capacity(given, nats=above, strength=3.0)
+    torch.testing.assert_close(reached, elbo(given, beta=3.0) + 3 * below)  # more than the capacity: a weight on what is over it
+    torch.testing.assert_close(short, elbo(given, beta=-3.0) - 3 * above)  # less: a reward for more
+    torch.testing.assert_close(capacity(given, beta=0.25, nats=4 * below, strength=3.0), reached)  # the schedule opens it
+
+
+def test_what_is_maximised_beside_the_objective_is_part_of_the_loss_alone():
+    model, x = linear_gaussian(True)
+    q = model.posterior(values=x)
+    made = model.terms(q, {"values": x}, 3, None)
+    plain, more = (model.weigh(each, 1.0, elbo) for each in (made, replace(made, auxiliary=torch.full((3, 1, len(x)), 2.5))))
+    torch.testing.assert_close(more.loss_rows, plain.loss_rows - 2.5)
+    torch.testing.assert_close(more.loss, plain.loss - 2.5)
+    assert torch.equal(more.elbo, plain.elbo)
+    torch.testing.assert_close(log_weights(replace(made, auxiliary=torch.ones(3, 1, len(x)))), log_weights(made))
 
 
 def test_iwae_rises_with_the_number_of_samples():

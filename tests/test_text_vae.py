@@ -32,7 +32,7 @@ def batch(*sentences: list[int], width: int | None = None) -> dict[str, torch.Te
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("options", [{}, {"decoder_layers": 2}, {"tie_word_embeddings": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"decoder_layers": 2}, {"tie_word_embeddings": True}, {"latent_skip": True}], ids=str)
 def test_probabilities_of_all_sentences_sum_to_one(options):
     model, longest = make(vocab_size=4, **options), 3
     words = [token for token in range(4) if token != EOS]
@@ -310,3 +310,41 @@ def test_autocast_keeps_the_loss():
     torch.testing.assert_close(out.loss_rows, expected, rtol=0.05, atol=0.1)
     out.loss.backward()
     assert math.isfinite(sum(p.grad.abs().sum().item() for p in model.parameters()))
+
+
+def test_a_skip_connection_brings_the_latent_to_every_state():
+    plain, skips = (make(latent_skip=skip) for skip in (False, True))
+    skips.load_state_dict(plain.state_dict(), strict=False)
+    ids, z = torch.tensor([[BOS, 5, 6]]), torch.randn(1, 3)
+    states = [model(ids, latents=z, output_hidden_states=True).hidden_states[0] for model in (plain, skips)]
+    torch.testing.assert_close(states[1] - states[0], skips.decoder.skip(z).unsqueeze(1).expand(-1, 3, -1))
+    cached = greedy(skips, z, 5)
+    assert torch.equal(cached, skips.generate(latents=z, max_new_tokens=5)[:, : cached.shape[1]])
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_bag_of_words_counts_in_training_alone(classes):
+    plain, bag = (TextVAE(TextVAEConfig(**SMALL, bow_weight=weight, num_classes=classes)) for weight in (0.0, 0.5))
+    bag.load_state_dict(plain.state_dict(), strict=False)
+    rows = batch([BOS, 5, 6, 6, EOS], [BOS, 7, EOS])
+    options = rows | {"noise_key": torch.arange(2), "sample_posterior": True} | ({"labels": torch.tensor([2, 0])} if classes else {})
+    with torch.no_grad():
+        out, with_bag = plain.train()(**options), bag.train()(**options)
+        z = with_bag.latents
+        if classes:
+            z = torch.cat([z, torch.nn.functional.one_hot(torch.tensor([2, 0]), 3)], -1)
+        said = bag.word_bag(z).log_softmax(-1)
+        expected = [said[0, [5, 6, 6, EOS]].sum(), said[1, [7, EOS]].sum()]
+    torch.testing.assert_close(out.loss_rows - with_bag.loss_rows, 0.5 * torch.stack(expected))
+    assert torch.equal(out.elbo, with_bag.elbo)
+    assert torch.equal(plain.eval()(**options).loss, bag.eval()(**options).loss)
+
+
+def test_a_scaled_mean_survives_saving(tmp_path):
+    model = TextVAE(TextVAEConfig(**SMALL, mean_scale=0.7)).train()
+    rows = batch(*[[BOS, *torch.randint(4, 20, (3,)).tolist(), EOS] for _ in range(40)])
+    model(**rows)
+    model.eval().save_pretrained(tmp_path)
+    again = TextVAE.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again.encode(**rows).mean, model.encode(**rows).mean)
+    assert "to_moments.1.norm.running_mean" in again.state_dict()

@@ -20,9 +20,11 @@ from mmvae.densities import build_density
 from mmvae.density import Density
 from mmvae.likelihoods import Scale
 from mmvae.models.configuration import VAEConfig
+from mmvae.nn import ScaledMean
 from mmvae.noise import fold, keyed_normal
-from mmvae.objectives import Objective, Terms, elbo, kl_to_prior, log_weights
+from mmvae.objectives import Objective, elbo, log_weights
 from mmvae.priors import Prior
+from mmvae.terms import Terms, kl_to_prior
 
 
 @dataclass
@@ -204,8 +206,10 @@ class VAE(PreTrainedModel):
     def weigh(self, terms: Terms, beta: float, objective: Objective) -> VAEOutput:
         """What :meth:`bound` returns of terms, hidden states apart; a model that maximises more than the objective adds it here."""
         loss_rows = -objective(self.weighted(terms), beta)
+        weights = terms.weights().exp()
+        if terms.auxiliary is not None:
+            loss_rows = loss_rows - _weighted(weights, terms.auxiliary).mean(0)
         with torch.no_grad():
-            weights = terms.weights().exp()
             each = [_weighted(weights, value).mean(0) for value in terms.log_px.values()]
             log_px = torch.stack(each).sum(0)
             kl = _weighted(weights, kl_to_prior(terms)).mean(0)
@@ -329,7 +333,7 @@ class VAE(PreTrainedModel):
         elif isinstance(module, nn.GRU):
             for parameter in module.parameters():
                 nn.init.uniform_(parameter, -1 / math.sqrt(module.hidden_size), 1 / math.sqrt(module.hidden_size))
-        elif isinstance(module, Scale | Prior | Density):
+        elif isinstance(module, Scale | Prior | Density | ScaledMean):
             module.reset_parameters()
         else:
             super()._init_weights(module)

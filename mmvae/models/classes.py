@@ -35,7 +35,8 @@ from mmvae.models.base import VAEOutput
 from mmvae.models.configuration import VAEConfig
 from mmvae.models.unimodal import VAEModel
 from mmvae.nn import some_rows
-from mmvae.objectives import Objective, Terms
+from mmvae.objectives import Objective
+from mmvae.terms import Terms
 
 UNKNOWN = -100
 """The label of a row that does not tell its class, as everywhere in torch and transformers."""

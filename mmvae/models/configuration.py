@@ -218,7 +218,7 @@ class MMVAEConfig(VAEConfig):
                 expected = f"expected at least the shared {self.latent_dim}"
                 expected += f" and {child.least_private_dim} that it keeps to itself" if child.least_private_dim else ""
                 raise ValueError(f"MMVAEConfig.modalities[{name!r}].latent_dim: received {child.latent_dim}, {expected}")
-            for field_, none in (("prior", "standard_normal"), ("densities", {}), ("num_classes", 0)):
+            for field_, none in (("prior", "standard_normal"), ("densities", {}), ("num_classes", 0), ("bow_weight", 0)):
                 if getattr(child, field_, none) != none:
                     expected = f"expected {none!r}: what is known of the latent is the joint model's"
                     raise ValueError(f"MMVAEConfig.modalities[{name!r}].{field_}: received {getattr(child, field_)!r}, {expected}")

@@ -4,7 +4,6 @@ r"""A joint VAE over any set of modalities, any of which may be missing in any r
 
 A modality whose latent is wider than the shared one keeps the rest, w_m, to itself: its encoder gives [z, w_m]. Where z came from other
 modalities, training draws w_m from a learned auxiliary prior instead of q(w_m|x_m), so that w_m cannot carry what z should (MMVAE+).
-
 Nothing here knows a modality: children are built by ``AutoModel`` from their configurations.
 Shapes: ``S`` samples, ``K`` components, ``B`` batch, ``M`` modalities in the order of the configuration, ``D`` shared latent.
 
@@ -33,8 +32,9 @@ from mmvae.models.configuration import FOREIGN_ARGUMENTS, MMVAEConfig, input_nam
 from mmvae.models.joint_generation import JointGeneration
 from mmvae.nn import some_rows, take_rows
 from mmvae.noise import fold, keyed_uniform
-from mmvae.objectives import OBJECTIVES, Objective, Terms
+from mmvae.objectives import OBJECTIVES, Objective
 from mmvae.priors import PRIORS, LearnedNormal
+from mmvae.terms import Terms
 
 _COMPONENT, _PRIVATE, _HIDDEN = 0x636F6D70, 0x70726976, 0x68696464  # keep the noise of each apart
 _FEW = 4  # components up to which draw="auto" decodes all

@@ -8,24 +8,28 @@ Shapes: ``B`` batch, ``T`` tokens with BOS, ``D`` latent, ``H`` hidden, ``V`` vo
 
 References:
     Bowman et al. (2016), Generating sentences from a continuous space, https://arxiv.org/abs/1511.06349
+    Zhao et al. (2017), Learning discourse-level diversity with conditional VAEs, https://arxiv.org/abs/1703.10960 (bag of words)
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
-from mmvae.distributions import Autoregressive, DiagNormal
+from mmvae.aggregation import Posterior
+from mmvae.distributions import Autoregressive, DiagNormal, at_least_float32
 from mmvae.models.base import VAEOutput
 from mmvae.models.classes import ClassVAE, ClassVAEConfig
 from mmvae.models.configuration import refuse_unknown
-from mmvae.nn import fold_leading
+from mmvae.models.text_generation import TextGeneration
+from mmvae.nn import ScaledMean, fold_leading
 from mmvae.objectives import Objective
 from mmvae.recurrent import GRUDecoder, GRUEncoder, GRUState, linear_cross_entropy, right_padded
+from mmvae.terms import Terms
 
 
 @strict
@@ -43,6 +47,9 @@ class TextVAEConfig(ClassVAEConfig):
         encoder_dropout: on the embeddings of the encoder's inputs, [0, 1).
         dropout: on the decoder's outputs and between layers, [0, 1).
         word_dropout: share of the decoder's input words that training replaces by ``unk_token_id``.
+        latent_skip: add a linear map of z to every state of the decoder, too.
+        mean_scale: gamma of :class:`mmvae.nn.ScaledMean`, normalisation of the posterior's mean over the batch; 0: none.
+        bow_weight: weight of the auxiliary log p(words|z), their order left out, beside the objective in training; 0: none.
         tie_word_embeddings: the output layer's weights are the decoder's embedding.
         share_embeddings: the encoder reads the decoder's embedding.
         pad_token_id, bos_token_id, eos_token_id, unk_token_id: as the tokenizer has them; where pad is BOS or EOS too (GPT-2), give masks.
@@ -63,6 +70,9 @@ class TextVAEConfig(ClassVAEConfig):
     encoder_dropout: float | int = 0.0
     dropout: float | int = 0.0
     word_dropout: float | int = 0.0
+    latent_skip: bool = False
+    mean_scale: float | int = 0.0
+    bow_weight: float | int = 0.0
     tie_word_embeddings: bool = False
     share_embeddings: bool = False
     pad_token_id: int = 0
@@ -80,6 +90,8 @@ class TextVAEConfig(ClassVAEConfig):
         "encoder_dropout": (0, 0.99),
         "dropout": (0, 0.99),
         "word_dropout": (0, 1),
+        "mean_scale": (0, 100),
+        "bow_weight": (0, 1e6),
     }
 
     choices: ClassVar[dict[str, Sequence[Any]]] = ClassVAEConfig.choices | {"pooling": ("last", "mean", "max")}
@@ -92,7 +104,7 @@ class TextVAEConfig(ClassVAEConfig):
                 raise ValueError(f"TextVAEConfig.{name}: received {getattr(self, name)}, expected 0 to {self.vocab_size - 1}")
 
 
-class TextVAE(ClassVAE, GenerationMixin):
+class TextVAE(TextGeneration, ClassVAE):
     """GRU sentence VAE; see the module's docstring for the equations.
 
     Example:
@@ -110,18 +122,21 @@ class TextVAE(ClassVAE, GenerationMixin):
     inference_modules = (*ClassVAE.inference_modules, "encoder_embedding")
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "decoder.embed_tokens.weight"}
     _no_split_modules: ClassVar[list[str]] = ["GRUEncoder", "GRUDecoder"]
-    _is_stateful = True
 
     def __init__(self, config: TextVAEConfig):
         super().__init__(config)
         size, latent = config.hidden_size, config.latent_dim + config.num_classes
         options = {"num_layers": config.decoder_layers, "embedding_dropout": config.embedding_dropout, "dropout": config.dropout}
-        self.decoder = GRUDecoder(config.vocab_size, config.embedding_size, size, latent, tied=config.tie_word_embeddings, **options)
+        options |= {"tied": config.tie_word_embeddings, "skip": config.latent_skip}
+        self.decoder = GRUDecoder(config.vocab_size, config.embedding_size, size, latent, **options)
         self.encoder_embedding = None if config.share_embeddings else nn.Embedding(config.vocab_size, config.embedding_size)
         self.encoder_dropout = nn.Dropout(config.encoder_dropout)
         options = {"bidirectional": config.bidirectional, "dropout": config.encoder_dropout, "pooling": config.pooling}
         self.encoder = GRUEncoder(config.embedding_size, size, config.encoder_layers, **options)
         self.to_moments = nn.Linear(self.encoder.output_size, 2 * config.latent_dim)
+        if config.mean_scale:
+            self.to_moments = nn.Sequential(self.to_moments, ScaledMean(config.latent_dim, config.mean_scale))
+        self.word_bag = nn.Linear(latent, config.vocab_size) if config.bow_weight else None
         self.lm_head = nn.Linear(config.embedding_size if config.tie_word_embeddings else config.hidden_size, config.vocab_size)
         self.build_classes(self.encoder.output_size)
         self.latent_prior = self.build_prior()
@@ -200,6 +215,17 @@ class TextVAE(ClassVAE, GenerationMixin):
         z = self.with_class(z, class_labels)
         return Autoregressive(lambda target: self._token_log_prob(z, target), z.shape[:-1])
 
+    def terms(self, q: Posterior, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Terms:
+        """Latents and likelihoods, and in training the auxiliary bag of words (Zhao et al., 2017); see :meth:`VAE.terms`."""
+        terms = super().terms(q, inputs, *args, **kwargs)
+        if self.word_bag is None or not self.training:
+            return terms
+        classes = torch.arange(terms.z.shape[1], device=terms.z.device).unsqueeze(1) if self.config.num_classes else None
+        log_p = at_least_float32(self.word_bag(self.with_class(terms.z, classes))).log_softmax(-1)
+        wanted = self.target(**self._only(type(self).input_names, inputs)).expand(*terms.z.shape[:3], -1)
+        said = log_p.gather(-1, wanted.clamp_min(0)).masked_fill(wanted == -100, 0.0)
+        return replace(terms, auxiliary=self.config.bow_weight * said.sum(-1))
+
     def target(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """What is scored: the tokens after BOS, (B, T - 1) int64, padding at the right and -100."""
         input_ids, real = self._sentences(input_ids, attention_mask)
@@ -263,68 +289,6 @@ class TextVAE(ClassVAE, GenerationMixin):
             return VAEOutput(logits=self.lm_head(states), past_key_values=state, hidden_states=(states,) if output_hidden_states else None)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": kwargs.get("labels")}
         return self.bound(inputs, beta, num_samples, objective, noise_key, sample_posterior, output_hidden_states)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        latents: Tensor | None = None,
-        class_labels: Tensor | None = None,
-        past_key_values: GRUState | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """What ``forward`` needs for the next token: the new tokens only, once there is a state."""
-        seen = 0 if past_key_values is None else past_key_values.length
-        kept = {name: kwargs.get(name) for name in ("use_cache", "output_hidden_states")}
-        kept |= {} if class_labels is None else {"class_labels": class_labels}
-        return {"input_ids": input_ids[:, seen:], "latents": latents, "past_key_values": past_key_values, **kept}
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor | None = None,
-        latents: Tensor | None = None,
-        class_labels: Tensor | Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
-        **options: Any,
-    ) -> Any:
-        """Token ids of sentences, BOS first, by any strategy of transformers' ``GenerationMixin``.
-
-        Arguments:
-            input_ids: (B, T) sentences to reconstruct from their posterior means; not a prefix.
-            latents: (B, D), instead.
-            class_labels: (B,) classes of a model that has them; alone, with latents from p(z): ``generate(class_labels=[3, 3, 7])``. With
-                ``input_ids`` the likeliest classes when None.
-            generator: makes these latents repeatable; torch's global generator when None.
-            options: of ``GenerationMixin.generate``: ``max_new_tokens`` (64), ``num_beams``, ``do_sample``, ``temperature``, ...
-
-        Returns:
-            (B * num_return_sequences, T) int64, padded at the right with ``pad_token_id``.
-
-        Raises:
-            ValueError: when neither or both are given.
-        """
-        if (latents is None) == (input_ids is None) and (input_ids is not None or class_labels is None):
-            raise ValueError(f"generate: received {'neither' if latents is None else 'both'} latents and input_ids, expected one of them")
-        if input_ids is not None:
-            given = {"input_ids": input_ids, "attention_mask": options.pop("attention_mask", None), "class_labels": class_labels}
-            return self.reconstruct(**{name: value for name, value in given.items() if value is not None}, **options)
-        latents = self._latents_for(class_labels, generator) if latents is None else latents
-        self.check_latents(latents)
-        if class_labels is not None or self.config.num_classes:
-            self.with_class(latents, class_labels)  # refuses what is wrong by its name
-            options["class_labels"] = torch.as_tensor(class_labels, device=latents.device).expand(len(latents))
-        lengths, defaults = ("max_new_tokens", "max_length"), options.get("generation_config") or self.generation_config
-        if all(options.get(name) is None and getattr(defaults, name) is None for name in lengths):
-            options["max_new_tokens"] = 64  # as an option: in generation_config it would silently win over a caller's max_length
-        return GenerationMixin.generate(self, latents=latents, **options)
-
-    def render(self, z: Tensor, **options: Any) -> Tensor:
-        """Sentences as token ids; see :meth:`generate`."""
-        return self.generate(latents=z, **options)
 
     def _sentences(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Ids (B, T) with their padding moved to the right, and where they are real, (B, T) bool."""

@@ -1,0 +1,142 @@
+r"""What an objective is made of: samples, likelihoods and divergences of a batch.
+
+Shapes: ``S`` samples, ``K`` components, ``B`` batch, ``M`` modalities. Rows are independent (but for free bits per batch).
+
+References:
+    Kingma et al. (2016), §C.8 (free bits), https://arxiv.org/abs/1606.04934; Li et al. (2019), https://arxiv.org/abs/1909.00868
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from mmvae.aggregation import Posterior
+from mmvae.distributions import DiagNormal, kl_per_dimension
+
+
+@dataclass(frozen=True)
+class Terms:
+    """All that an objective may know: values and distributions, no model and no config.
+
+    Attributes:
+        z: (S, K, B, *event) samples of the posterior's components.
+        log_px: per modality (S, K, B) log p(x_m|z) in nats; 0 where absent.
+        q: the posterior.
+        prior: p(z).
+        private: log p(w) - log q(w) of latents that one modality keeps to itself, (S, K, B).
+        log_weights: (K, B) nats, of the components that z holds; those of ``q.mixture`` when None. Where one component was drawn per
+            row (:meth:`Posterior.draw`), z holds just that one, K = 1, and its weight is 1: zeros.
+        members: (K, B, M) or (S, K, B, M) bool: which modalities these components are made of; ``q.members`` when None.
+        log_pk: (K, B) nats, log p(k), when k is itself a latent that p(x|z, k) depends on, as a class is. Then the bound is that of (k, z)
+            under ``q(k) q(z|k)``, with q(k) the weights; else k only says where z came from, and q(z) is the whole mixture.
+        components: these components, batch (K, B), or (S, K, B) where each sample drew its own; ``q.mixture.components`` when None.
+        scales: weight of each modality's log-likelihood in what is maximised, 1 where it is not named. Leave it out where a number is to
+            be read as a likelihood: in figures, and in importance sampling.
+        auxiliary: (S, K, B) nats, what a model maximises beside the objective; part of no objective and no figure.
+    """
+
+    z: Tensor
+    log_px: dict[str, Tensor]
+    q: Posterior
+    prior: Distribution
+    private: dict[str, Tensor] = field(default_factory=dict)
+    log_weights: Tensor | None = None
+    members: Tensor | None = None
+    log_pk: Tensor | None = None
+    components: DiagNormal | None = None
+    scales: dict[str, float] = field(default_factory=dict)
+    auxiliary: Tensor | None = None
+
+    def weights(self) -> Tensor:
+        """log of the weights of the components in z, (K, B)."""
+        return self.q.mixture.log_weights if self.log_weights is None else self.log_weights
+
+    def drawn_from(self) -> DiagNormal:
+        """The components that z holds samples of, batch (K, B) or (S, K, B)."""
+        components = self.q.mixture.components if self.components is None else self.components
+        if components.batch_shape[-2] != self.z.shape[1]:
+            held, of = self.z.shape[1], components.batch_shape[-2]
+            raise ValueError(f"components: received None for z of {held} of {of} components, expected those that z was drawn from")
+        return components
+
+    def likelihood(self) -> Tensor:
+        """log p(x|z) summed over modalities with their ``scales``, (S, K, B)."""
+        return torch.stack([self.scales.get(name, 1.0) * value for name, value in self.log_px.items()]).sum(0)
+
+    def log_ratio(self, detach_q: bool = False) -> Tensor:
+        """log p(z) - log q(z), plus the private latents' share, (S, K, B)."""
+        value = self.prior.log_prob(self.z) + sum(self.private.values())
+        if self.log_pk is None:
+            return value - (self.q.mixture.detach() if detach_q else self.q.mixture).log_prob(self.z)
+        q = self.drawn_from().detach() if detach_q else self.drawn_from()
+        return value - q.log_prob(self.z) + self.log_pk - present(self.weights())
+
+    def own(self) -> "Terms":
+        """The same, but each component scores only the modalities that it is made of, and pays for their private latents alone."""
+        made_of = dict(zip(self.q.experts, (self.q.members if self.members is None else self.members).unbind(-1), strict=True))
+
+        def of_members(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: torch.where(made_of[name], value, 0.0) for name, value in values.items()}
+
+        return replace(self, log_px=of_members(self.log_px), private=of_members(self.private))
+
+
+def present(log_weights: Tensor) -> Tensor:
+    """Log-weights with 0 for absent components, whose terms are left out anyway: no infinity may meet a gradient."""
+    return log_weights.masked_fill(log_weights == -math.inf, 0.0)
+
+
+def free_bits(kl: Tensor, nats: float, per: str = "dimension") -> Tensor:
+    r"""The KL divergence with a floor below which it takes no gradient, :math:`\sum_g \max(\lambda, \mathrm{KL}_g)`.
+
+    Arguments:
+        kl: (*, B, *event) nats per dimension for ``per="dimension"``, else (*, B) nats per row.
+        nats: the floor lambda of each group.
+        per: the group: "dimension" (of every row), "row", or "batch" (the mean over rows, the only one in which rows depend on each other).
+
+    Returns:
+        (*, B), for "dimension" still with its event dimensions, to be summed by the caller.
+
+    Raises:
+        ValueError: for another ``per``.
+    """
+    if per not in ("dimension", "row", "batch"):
+        raise ValueError(f"free_bits_per: received {per!r}, expected 'dimension', 'row' or 'batch'")
+    if per == "batch":
+        mean = kl.mean(-1, keepdim=True)
+        return torch.where(mean > nats, kl, nats + 0.0 * kl)
+    return kl.clamp_min(nats)
+
+
+def kl_to_prior(terms: Terms, floor: float = 0.0, per: str = "dimension", divergence: str = "mixture") -> Tensor:
+    """KL(q || p) of every sample and component in nats, in closed form where there is one, with free bits on the share of z.
+
+    Arguments:
+        terms: see :class:`Terms`.
+        floor, per: see :func:`free_bits`; 0 is off.
+        divergence: "mixture" for that of the whole posterior, "components" for that of each component, whose mean is an upper bound of it.
+
+    Returns:
+        (S, K, B).
+
+    Raises:
+        ValueError: for another ``divergence``, and for free bits per dimension where the divergence does not fall into dimensions.
+    """
+    if divergence not in ("mixture", "components"):
+        raise ValueError(f"divergence: received {divergence!r}, expected 'mixture' or 'components'")
+    each = divergence == "components" or terms.log_pk is not None or terms.q.mixture.components.batch_shape[0] == 1
+    q = terms.drawn_from() if each else terms.q.mixture
+    if isinstance(q, DiagNormal) and isinstance(terms.prior, DiagNormal):
+        value = kl_per_dimension(q, terms.prior)
+        value = (free_bits(value, floor) if floor and per == "dimension" else value).flatten(-len(q.event_shape)).sum(-1)
+    elif floor and per == "dimension":
+        raise ValueError("free_bits_per: received 'dimension' with a mixture, expected 'row' or 'batch' (the KL has no dimensions)")
+    else:
+        value = q.log_prob(terms.z) - terms.prior.log_prob(terms.z)
+    value = free_bits(value, floor, per) if floor and per != "dimension" else value
+    if terms.log_pk is not None:
+        value = value + present(terms.weights()) - terms.log_pk
+    return value.expand(terms.z.shape[:3]) - sum(terms.private.values())
