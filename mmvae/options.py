@@ -187,7 +187,7 @@ _COUNTS = (
 
 
 def parse(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Options from ``--config file.yaml`` and the command line, which wins.
+    """Options from ``--config file.yaml``, of several of which later ones win, and the command line, which wins over all.
 
     Arguments:
         types: dataclasses.
@@ -200,10 +200,9 @@ def parse(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         ValueError: an option that no type has, naming the nearest one.
     """
     argv, parser = list(sys.argv[1:] if argv is None else argv), HfArgumentParser(types)
-    parser.add_argument("--config", help="YAML file of options; the command line wins")
+    parser.add_argument("--config", action="append", default=[], help="YAML file of options; later ones win, the command line over all")
     known = [f.name for kind in types for f in fields(kind)]
-    path = parser.parse_known_args(argv)[0].config
-    if path is not None:
+    for path in parser.parse_known_args(argv)[0].config:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         if not isinstance(options, dict):
             raise ValueError(f"{path}: received {type(options).__name__}, expected a mapping of options to values")

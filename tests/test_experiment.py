@@ -34,6 +34,14 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
     assert (run.max_grad_norm, run.batch_size) == (None, RunArguments(num_epochs=1).batch_size)
 
 
+def test_a_later_file_wins_over_an_earlier_one(tmp_path):
+    (tmp_path / "a.yaml").write_text("num_epochs: 3\nlatent_dim: 8\nkl_options: {steps: 7}\n")
+    (tmp_path / "b.yaml").write_text("latent_dim: 16\n")
+    files = [str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    run, model = parse(RunArguments, Options, argv=["--config", *files, "--num_epochs", "2"])
+    assert (model.latent_dim, run.num_epochs, run.kl_options) == (16, 2, {"steps": 7})
+
+
 @pytest.mark.parametrize(
     ("text", "argv", "message"),
     [
@@ -42,7 +50,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         ("- latent_dim", [], "run.yaml: received list, expected a mapping"),
         ("", ["--latnt_dim=8"], "unknown option '--latnt_dim'; the nearest one is '--latent_dim'"),
         ("", ["stray"], "unknown option 'stray'"),
-        ("objective: elb", [], r"objective: received 'elb', expected one of \['dreg', 'elbo', 'iwae', "),
+        ("objective: elb", [], r"objective: received 'elb', expected one of \['capacity', 'dreg', 'elbo', 'iwae', "),
         ("lr_schedule: reduce_lr_on_plateau", [], "lr_schedule: received 'reduce_lr_on_plateau', expected one of"),
         ("num_epochs: null", [], "num_epochs and max_steps: received neither"),
         ("push_to_hub: true\nhub_model_id: a/b/c", [], "repo_id: got 'a/b/c'"),
