@@ -1,0 +1,52 @@
+"""Every recipes/configs/text_methods/*.yaml differs from the plain VAE in its method alone, and takes a step in each of its phases."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from recipe_runs import recipe
+
+from mmvae import TextVAE, TextVAEConfig
+from mmvae.experiment import parse, vae_step
+from mmvae.phases import build_phases
+
+FOLDER = Path(__file__).parent.parent / "recipes" / "configs" / "text_methods"
+METHODS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "base")
+OF_A_METHOD = {"kl_schedule", "kl_options", "objective", "objective_options", "phases"}
+OF_A_MODEL = {"word_dropout", "mean_scale", "latent_skip", "bow_weight", "pooling", "prior"}
+BATCH = {"input_ids": torch.tensor([[1, 4, 5, 6, 2], [1, 7, 8, 2, 0]]), "attention_mask": torch.tensor([[1] * 5, [1] * 4 + [0]])}
+
+
+@cache
+def options(*names: str) -> tuple:
+    module = recipe("text_vae")
+    argv = [word for name in names for word in ("--config", str(FOLDER / f"{name}.yaml"))]
+    return parse(module.TextRun, module.TextArguments, argv=argv)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_what_differs_from_the_plain_one(name):
+    (plain, plain_model), (run, model) = options("base"), options("base", name)
+    assert {key for key, value in vars(run).items() if value != getattr(plain, key)} <= OF_A_METHOD
+    differing = {key for key, value in vars(model).items() if value != getattr(plain_model, key)}
+    assert differing <= OF_A_MODEL
+    assert differing or vars(run) != vars(plain)
+
+
+@pytest.mark.parametrize("name", ["base", *METHODS])
+def test_every_phase_of_a_method_takes_a_step(name):
+    run, text = options("base", name) if name != "base" else options("base")
+    small = {"vocab_size": 9, "embedding_size": 4, "hidden_size": 4, "latent_dim": 3}
+    kept = {key: value for key, value in vars(text).items() if key not in recipe("text_vae").DATA and key in TextVAEConfig().to_dict()}
+    torch.manual_seed(0)
+    model = TextVAE(TextVAEConfig(**kept | small)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    step = vae_step(Accelerator(cpu=True, mixed_precision="no"), model, run, None, optimizer=optimizer)
+    batch = BATCH | {"row": torch.arange(2), "row_weight": torch.ones(2), "num_rows": torch.tensor(2)}
+    for phase in build_phases(vars(run), run.phases):
+        for n in (phase.start, phase.start + 20, phase.start + 5000):
+            values = step(batch, n)
+            assert all(torch.isfinite(torch.as_tensor(value)) for value in values.values())
+            assert not values["skipped"]
