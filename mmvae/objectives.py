@@ -75,7 +75,7 @@ def capacity(terms: Terms, beta: float = 1.0, nats: float = 8.0, strength: float
     Returns:
         (B,). No bound on log p(x) unless the divergence is at least the capacity.
     """
-    return _mean(terms, terms.likelihood() - strength * (kl_to_prior(terms) - beta * nats).abs())
+    return _mean(terms, terms.likelihood()) - strength * (_mean(terms, kl_to_prior(terms)) - beta * nats).abs()
 
 
 def _log_w(terms: Terms, beta: float, detach_q: bool, looser: bool) -> Tensor:
@@ -142,7 +142,12 @@ def mvae(terms: Terms, beta: float = 1.0, free_bits: float = 0.0, free_bits_per:
 
     Returns:
         (B,) nats: a sum, which grows with the number of subsets that are present.
+
+    Raises:
+        ValueError: for components that are not subsets of modalities, but classes.
     """
+    if terms.log_pk is not None:
+        raise ValueError("mvae: received components that are classes, expected modalities: with classes take elbo, iwae or dreg")
     own = terms.own()
     return _sum(terms, own.likelihood() - beta * kl_to_prior(own, free_bits, free_bits_per, "components"))
 

@@ -19,7 +19,7 @@ from mmvae.distributions import kl_per_dimension
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
 from mmvae.models.text_vae import TextVAE, TextVAEConfig
 from mmvae.noise import fold, keyed_normal
-from mmvae.objectives import dreg, iwae
+from mmvae.objectives import OBJECTIVES, dreg, iwae
 from mmvae.processing import train_tokenizer
 
 N, B = 3, 4
@@ -340,6 +340,13 @@ def test_classes_that_there_are_not_are_named(made, labels, message):
 def test_what_no_model_with_classes_can_be_is_refused(options, message):
     with pytest.raises(StrictDataclassError, match=message):
         ImageVAEConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["mvae", "mvtcae", "jmvae", "mmvm"])
+def test_objectives_over_modalities_refuse_classes(made, name):
+    model, inputs = made
+    with pytest.raises(ValueError, match=f"{name}: received .*, expected"):
+        model(**inputs, objective=OBJECTIVES[name])
 
 
 def test_a_joint_model_refuses_a_child_with_classes():

@@ -9,7 +9,7 @@ from linear_gaussian import JointLinearGaussian, sigma_points
 
 from mmvae.aggregation import mixture, moe, mopoe, poe
 from mmvae.distributions import DiagNormal, kl
-from mmvae.objectives import OBJECTIVES, dreg, elbo, iwae, jmvae, log_weights, mmvm, mvae, mvtcae
+from mmvae.objectives import OBJECTIVES, capacity, dreg, elbo, iwae, jmvae, log_weights, mmvm, mvae, mvtcae
 from mmvae.terms import Terms
 
 TWO, THREE = ("image", "text"), ("image", "text", "sound")
@@ -19,6 +19,7 @@ CASES = {
     "elbo of a geometric mean": (elbo, partial(poe, pooling="geometric", prior_expert=True)),
     "elbo of mopoe": (elbo, mopoe),
     "elbo of mopoe's components": (partial(elbo, divergence="components", free_bits=0.5), mopoe),
+    "capacity of a product": (partial(capacity, nats=2.0), exact_poe),
     "iwae of moe": (iwae, moe),
     "iwae looser": (partial(iwae, looser=True), moe),
     "dreg of mopoe": (dreg, mopoe),
