@@ -30,7 +30,7 @@ from mmvae.models.joint_generation import crowding, overlap, parts_of
 from mmvae.models.mmvae import MMVAE
 from mmvae.noise import fold
 
-_CHUNK = 100
+CHUNK = 100
 _CROSS, _JOINT = 0x63726F73, 0x6A6F696E  # keep the latents of each apart
 
 
@@ -46,8 +46,8 @@ def without_densities(model: MMVAE) -> Iterator[None]:
 
 def chunks(accelerator: Accelerator, model: MMVAE, rows: Rows, num_rows: int | None = None) -> Iterator[tuple[int, Tensor, dict]]:
     """This rank's chunks of the first rows: their number, the rows' numbers (B,), and the model's inputs."""
-    for n, batch in enumerate(Loader(rows, _CHUNK, shuffle=False, pool=0).batches(0)):
-        size = len(batch["row"]) if num_rows is None else min(num_rows - n * _CHUNK, len(batch["row"]))
+    for n, batch in enumerate(Loader(rows, CHUNK, shuffle=False, pool=0).batches(0)):
+        size = len(batch["row"]) if num_rows is None else min(num_rows - n * CHUNK, len(batch["row"]))
         if size <= 0:
             return
         if n % accelerator.num_processes == accelerator.process_index:
@@ -118,9 +118,9 @@ def joint_generated(
     accelerator: Accelerator, model: MMVAE, num_generated: int, *, seed: int = 0, **options: Any
 ) -> Iterator[dict[str, Any]]:
     """All modalities together from the prior, by name, in chunks; each rank gets its own. Arguments as for :func:`cross_generated`."""
-    for n in range(accelerator.process_index, -(-num_generated // _CHUNK), accelerator.num_processes):
+    for n in range(accelerator.process_index, -(-num_generated // CHUNK), accelerator.num_processes):
         generator = torch.Generator().manual_seed(fold(seed, _JOINT, n))
-        yield model.sample(min(_CHUNK, num_generated - n * _CHUNK), generator, **options)
+        yield model.sample(min(CHUNK, num_generated - n * CHUNK), generator, **options)
 
 
 # ---- retrieval

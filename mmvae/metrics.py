@@ -8,7 +8,7 @@ References:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -203,3 +203,40 @@ def text_scores(texts: Sequence[str], truths: Sequence[str]) -> dict[str, float]
     # force: no word to the user about tokenized text, which is what some data sets hold
     bleu = sacrebleu.corpus_bleu(list(texts), [list(truths)], use_effective_order=True, force=True).score
     return {"exact_match": exact, "bleu": bleu, "chrf": sacrebleu.corpus_chrf(list(texts), [list(truths)]).score}
+
+
+def diversity(texts: Sequence[str], known: Iterable[str] | None = None, max_self_bleu: int = 500) -> dict[str, float]:
+    r"""How different texts are from each other, and from texts that are known.
+
+    Arguments:
+        texts: what a model made, at least two.
+        known: of the training rows, for instance; None where they are not known.
+        max_self_bleu: the first texts that self-BLEU looks at, each beside all the others: its cost is quadratic.
+
+    Returns:
+        ``distinct_1`` and ``distinct_2``, different words, or pairs of them, as a share of all; ``self_bleu`` in [0, 100], mean BLEU-4 of a
+        text with the others as references, 100 where all are alike; ``repeated``, the share of texts that are known word for word, where
+        some are known.
+
+    Raises:
+        ValueError: for fewer than two texts.
+
+    References:
+        Li et al. (2016), A diversity-promoting objective function, https://arxiv.org/abs/1510.03055 (distinct)
+        Zhu et al. (2018), Texygen, https://arxiv.org/abs/1802.01886 (self-BLEU)
+    """
+    from sacrebleu.metrics import BLEU
+
+    if len(texts) < 2:
+        raise ValueError(f"diversity: received {len(texts)} texts, expected at least two")
+    words, figures = [text.split() for text in texts], {}
+    for n in (1, 2):
+        grams = [gram for text in words for gram in zip(*(text[i:] for i in range(n)), strict=False)]
+        figures[f"distinct_{n}"] = len(set(grams)) / max(len(grams), 1)
+    some, bleu = list(texts[:max_self_bleu]), BLEU(effective_order=True, force=True)
+    scores = [bleu.sentence_score(text, some[:i] + some[i + 1 :]).score for i, text in enumerate(some)]
+    figures |= {"self_bleu": sum(scores) / len(scores)}
+    if known is None:
+        return figures
+    told = {" ".join(text.split()) for text in known}
+    return figures | {"repeated": sum(" ".join(text) in told for text in words) / len(words)}

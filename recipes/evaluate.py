@@ -5,12 +5,14 @@
     accelerate launch recipes/evaluate.py --model outputs/digit_words --dataset words:path/to/mnist --label label
     accelerate launch recipes/evaluate.py --model outputs/seed0 outputs/seed1 outputs/seed2 --dataset path/to/multi30k
 
+Of a text VAE also how it reconstructs, and how different its samples are (mmvae/sentences.py).
 With --label a linear classifier tells what it reads in the latent (mmvae/baselines.py). A joint model is also asked to retrieve, translate
 and describe (mmvae/coherence.py), beside what the nearest training text would say; with --label also what is of the right class.
 Of several models there are means and deviations too: --output is their JSON, and each folder gets its own.
 Results are independent of batch size and number of processes; the noise of a row is keyed by (seed, row).
 """
 
+import contextlib
 import json
 import statistics
 import time
@@ -31,6 +33,7 @@ from mmvae.judge import Judge
 from mmvae.modalities import read_columns
 from mmvae.pictures import table
 from mmvae.record import public, without_place
+from mmvae.sentences import evaluate_sentences
 
 
 @dataclass
@@ -48,7 +51,7 @@ class EvaluationArguments:
     batch_size: int = 100
     importance_samples: int = field(default=100, metadata={"help": "per row, for the log-likelihood; 0 leaves it out"})
     conditional_samples: int = field(default=0, metadata={"help": "the same of one modality given the others, of a joint model"})
-    num_generated: int = field(default=1000, metadata={"help": "first rows of which a joint model generates; 0 leaves that out"})
+    num_generated: int = field(default=1000, metadata={"help": "first rows that a joint or text VAE makes again, and its samples; 0: none"})
     num_beams: int = field(default=1, metadata={"help": "of the texts that are generated"})
     judge: str | None = field(default=None, metadata={"help": "folder of a judge of sprites, of recipes/sprites_judge.py"})
     label: str | None = field(default=None, metadata={"help": "column of classes, for a linear probe and the coherence of a joint model"})
@@ -88,6 +91,11 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
         options = {"num_generated": args.num_generated, "seed": args.seed}
         judging = {"judge": judge, "level": data.level} if judge else {}
         figures |= evaluate_joint(accelerator, model, processor, rows, truths, num_beams=args.num_beams, **judging, **options)
+    if isinstance(columns[0], TextColumn) and not joint and min(args.num_generated, len(data)) > 1:
+        options = {"num_generated": min(args.num_generated, len(data)), "num_beams": args.num_beams, "seed": args.seed}
+        with contextlib.suppress(ValueError):  # a data set without training rows
+            options |= {"known": splits(args.dataset)["train"][columns[0].name][:]}
+        figures |= evaluate_sentences(accelerator, model, processor, rows, data[columns[0].name][:], **options)
     options = {"training_rows": lambda: splits(args.dataset)["train"], "label": args.label}
     options |= {"num_generated": args.num_generated, "seed": args.seed}
     figures |= evaluate_by_training_rows(accelerator, model, processor, rows, data, **options)

@@ -221,7 +221,7 @@ def _numbered(chunks):
 
 
 def test_ranks_share_the_chunks_and_draw_what_one_would(monkeypatch):
-    monkeypatch.setattr("mmvae.coherence._CHUNK", 7)
+    monkeypatch.setattr("mmvae.coherence.CHUNK", 7)
     model, _, rows, _ = translator({("en", 3)})
     for vae in model.vaes.values():
         vae.encode = lambda **inputs: DiagNormal(*torch.zeros(2, len(inputs["input_ids"]), 2))  # so wide that samples differ

@@ -7,7 +7,7 @@ import torch
 from linear_gaussian import linear_gaussian
 
 from mmvae.distributions import DiagNormal
-from mmvae.metrics import active_units, bits_per_dim, mutual_information, perplexity, psnr, recall_at, ssim, text_scores
+from mmvae.metrics import active_units, bits_per_dim, diversity, mutual_information, perplexity, psnr, recall_at, ssim, text_scores
 from mmvae.noise import fold
 
 
@@ -152,3 +152,17 @@ def test_bleu_is_that_of_the_paper():
     truth, made = "a b c d e f g", "a b c d f"
     expected = math.exp(1 - 7 / 5) * (5 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
     assert text_scores([made], [truth])["bleu"] == pytest.approx(100 * expected)
+
+
+def test_diversity_of_texts_that_are_all_alike_and_all_different():
+    same = diversity(["a small red heart"] * 5, ["a  small red heart", "other"])
+    assert same == pytest.approx({"distinct_1": 4 / 20, "distinct_2": 3 / 15, "self_bleu": 100.0, "repeated": 1.0})
+    words = [" ".join(f"w{4 * row + i}" for i in range(4)) for row in range(5)]
+    assert diversity(words) == pytest.approx({"distinct_1": 1.0, "distinct_2": 1.0, "self_bleu": 0.0}, abs=20)  # BLEU smooths
+    half = diversity(["a b c d", "a b x y", "e f g h"], ["e f g h"])
+    assert half["distinct_1"] == pytest.approx(10 / 12) and half["distinct_2"] == pytest.approx(8 / 9)
+    assert half["repeated"] == pytest.approx(1 / 3)
+    assert diversity(words)["self_bleu"] < half["self_bleu"] < same["self_bleu"]
+    assert diversity(["", "a"])["distinct_2"] == 0  # no pair at all
+    with pytest.raises(ValueError, match="diversity: received 1 texts, expected at least two"):
+        diversity(["alone"])
