@@ -276,6 +276,31 @@ def _curve(axes, quantity: str, parts: Mapping[str, Sequence[tuple[float, float]
         axes.legend(fontsize=8)
 
 
+def against(series: Mapping[str, Mapping[object, Sequence[float]]], path: str | Path, across: str = "", up: str = "") -> Path:
+    """Repeated measurements of several methods: each one a dot, their means a line.
+
+    Arguments:
+        series: the measurements by what they were made at, by method.
+        path: the PNG file; its folder is made.
+        across, up: what the axes are.
+
+    Returns:
+        The path.
+    """
+    places = list(dict.fromkeys(place for points in series.values() for place in points))
+    figure = Figure(figsize=(6, 4), dpi=90, layout="constrained")
+    axes = figure.add_subplot(xlabel=across, ylabel=up)
+    for i, (name, points) in enumerate(series.items()):
+        at = [places.index(place) + 0.06 * (i - (len(series) - 1) / 2) for place in points]  # side by side
+        (line,) = axes.plot(at, [sum(values) / len(values) for values in points.values()], label=name, linewidth=1.2)
+        for x, values in zip(at, points.values(), strict=True):
+            axes.plot([x] * len(values), values, ".", color=line.get_color(), alpha=0.6)
+    axes.set_xticks(range(len(places)), [str(place) for place in places])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _save(figure, path)
+
+
 def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

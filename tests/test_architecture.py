@@ -19,7 +19,7 @@ FLOORS = [
     {"models"},
     {"data", "processing", "joint_processing", "pictures", "templates", "negatives"},
     {"tree", "checkpoint", "snapshot", "optimization", "loop", "training", "record", "hub", "phases", "options"}
-    | {"evaluation", "experiment", "density_fitting", "coherence", "classifiers", "baselines", "judge", "modalities", "sentences"},
+    | {"evaluation", "experiment", "density_fitting", "coherence", "classifiers", "baselines", "judge", "modalities", "sentences", "study"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FILES = sorted((ROOT / "mmvae").rglob("*.py"))

@@ -1,0 +1,226 @@
+"""Does a classifier that learns from few labels gain by generated rows? A VAE with classes draws them.
+
+    accelerate launch recipes/augmentation.py                                        # shapes of the built-in sprites
+    accelerate launch recipes/augmentation.py --config recipes/configs/augmentation_mnist.yaml --dataset path/to/mnist
+    accelerate launch recipes/augmentation.py --config recipes/configs/augmentation_trec.yaml --dataset path/to/trec
+
+For every number of labels per class and every draw of which rows have them: a generator, a VAE with classes, learns from these rows alone
+(with --unlabelled from all others too, without their labels), and draws equally many rows of each class. Then two classifiers that are
+alike in everything, first weights, steps, batch size and random changes to pictures included, learn from the real rows, or from real and
+generated ones, and are measured on all test rows. metrics.json holds every draw, the means, and p of the two-sided paired t-test over the
+draws. One process; started again after a stop, it goes on where it was. Results: see the configs.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+from mmvae import ImageVAE, ImageVAEForImageClassification, TextVAEForSequenceClassification
+from mmvae.data import Augmentation, Column, ImageColumn, Loader, PartlyLabelled, Rows
+from mmvae.evaluation import binarization, model_inputs, predict
+from mmvae.experiment import RunArguments, parse, start
+from mmvae.hub import write_metrics
+from mmvae.modalities import overridden
+from mmvae.models.classes import ClassVAE
+from mmvae.options import mapping
+from mmvae.pictures import against, grid, table
+from mmvae.processing import decode_text
+from mmvae.study import LabelledData, accuracy, mean_and_deviation, one_modality, paired_p, train_classifier, train_once
+
+CLASSIFIERS = {kind.config_class: kind for kind in (ImageVAEForImageClassification, TextVAEForSequenceClassification)}
+ARMS = ("real", "augmented")
+PLACES = ("dataset", "output_dir", "hub_token")
+
+
+@dataclass
+class AugmentationRun(RunArguments):
+    """Defaults that suit the shapes of the built-in sprites; the options of training are the classifiers'."""
+
+    dataset: str = "sprites:3:2000"
+    output_dir: str = "outputs/augmentation"
+    modality: str | None = field(default=None, metadata={"help": "name:kind[:column]; guessed"})
+    label: str | None = field(default=None, metadata={"help": "column of the classes; guessed; of the built-in sprites their shape"})
+    counts: list[int] = field(default_factory=lambda: [10, 50, 200], metadata={"help": "labels per class"})
+    draws: int = field(default=5, metadata={"help": "of which rows have labels, and of all else that is random"})
+    unlabelled: bool = field(default=False, metadata={"help": "show the generator the other training rows too, without their labels"})
+    label_repeats: int = field(default=1, metadata={"help": "with --unlabelled: how often the rows with labels come in an epoch"})
+    generated: int = field(default=200, metadata={"help": "generated rows of each class"})
+    latents: str = field(default="between", metadata={"help": "of generated rows: between two real rows of the class, or from the prior"})
+    kept: float = field(default=1.0, metadata={"help": "share of them that is kept: those that the classifier of real rows is surest of"})
+    vaes: str = field(default="{}", metadata={"help": "fields of the configuration of generator and classifiers, by kind"})
+    generator: str = field(default="{}", metadata={"help": "fields of the generator's configuration alone"})
+    classifier: str = field(default="{}", metadata={"help": "fields of the classifiers' configuration alone"})
+    generator_run: str = field(default="{}", metadata={"help": "options of training that the generator has otherwise"})
+    tokenizer: str = field(default="whitespace", metadata={"help": "whitespace, bpe, or the id or path of a pretrained one"})
+    vocab_size: int = field(default=10_000, metadata={"help": "most tokens of a trained tokenizer, special ones included"})
+    augmentation: str = field(default="{}", metadata={"help": 'random changes to training pictures: {"shift": 2, "rotation": 15}'})
+    batch_size: int = 64
+    max_steps: int | None = 400
+    learning_rate: float = 2e-3
+    lr_schedule: str = "cosine_with_min_lr"
+    lr_options: str = '{"min_lr_rate": 0.02}'
+    warmup_steps: int = 40
+    max_grad_norm: float | None = None
+    kl_options: str = '{"steps": 100}'
+    log_every: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("vaes", "generator", "classifier", "generator_run", "augmentation"):
+            setattr(self, option, mapping(option, getattr(self, option)))
+        if min(self.draws, self.generated, *self.counts) < 1 or not 0 < self.kept <= 1:
+            received = f"{self.counts}, {self.draws}, {self.generated}, {self.kept}"
+            raise ValueError(f"counts, draws, generated, kept: received {received}, expected at least 1, and a share in (0, 1]")
+        if self.latents not in ("between", "prior"):
+            raise ValueError(f"latents: received {self.latents!r}, expected 'between' or 'prior'")
+        self.label = self.label or ("shape" if self.dataset.startswith("sprites") else None)
+
+
+def between(model: ClassVAE, rows: Rows, labels: Tensor, seed: int) -> Tensor:
+    """Latents (N, D) on lines between two rows of the class that each label (N,) names, as random changes to pictures make them."""
+    generator, loader, known, means = torch.Generator().manual_seed(seed), Loader(rows, 500, seed=seed), [], []
+    with torch.no_grad():
+        for batch in (batch for epoch in range(-(-2 * len(labels) // rows.num_rows)) for batch in loader.batches(epoch)):
+            known.append(batch["labels"])
+            means.append(model.posterior(**model_inputs(model, batch)).mixture.mean.cpu())
+    told, z = torch.cat(known), torch.cat(means)
+    of_class = [(told == number).nonzero().flatten() for number in range(model.config.num_classes)]
+    ends = torch.stack([of_class[n][torch.randint(len(of_class[n]), (2,), generator=generator)] for n in labels.tolist()], 1)
+    return torch.lerp(z[ends[0]], z[ends[1]], torch.rand(len(labels), 1, generator=generator)).to(model.device)
+
+
+def drawn(model: ClassVAE, processor: Any, labels: Tensor, latents: Tensor | None, seed: int) -> list[Any]:
+    """Pictures or sentences of the classes (N,), as a data set holds them; from the prior where there are no latents."""
+    generator, things = torch.Generator().manual_seed(seed), []
+    for n in range(0, len(labels), 500):
+        part = {"class_labels": labels[n : n + 500], "latents": None if latents is None else latents[n : n + 500], "generator": generator}
+        if isinstance(model, ImageVAE):
+            things += [tv.to_pil_image((255 * picture).round().byte()) for picture in model.generate(**part).cpu()]
+        else:
+            things += decode_text(processor, model.generate(**part, do_sample=True, max_new_tokens=60))
+    return things
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Labelled rows of a data set, and what reads them."""
+
+    data: LabelledData
+    column: Column
+    rows: list[int]
+
+    def with_generated(self, made: list[Any], classes: Tensor, num_rows: int) -> datasets.Dataset:
+        """Generated rows after the real ones, which are repeated to be at least as many, and ``num_rows`` with the generated ones."""
+        real, names = self.data.train.select(self.rows), (self.column.name, self.data.told.name)
+        features = datasets.Features({name: real.features[name] for name in names})
+        if not isinstance(real, datasets.Dataset):  # the built-in sprites
+            real = datasets.Dataset.from_dict({name: list(real[name]) for name in names}, features=features)
+        repeats = -(-max(len(made), num_rows - len(made)) // len(real))
+        told = {int(self.data.labels[row]): real[i][names[1]] for i, row in enumerate(self.rows)}  # a class as the data set tells it
+        added = dict(zip(names, (made, [told[number] for number in classes.tolist()]), strict=True))
+        return datasets.concatenate_datasets([*[real.select_columns([*names])] * repeats, datasets.Dataset.from_dict(added, features)])
+
+
+def draw_once(accelerator: Accelerator, args: AugmentationRun, data: LabelledData, count: int, draw: int) -> dict[str, float]:
+    """Accuracy of both classifiers and seconds of one draw of ``count`` labels per class."""
+    seed, folder, began = args.seed + draw, Path(args.output_dir) / "runs" / f"{count}_{draw}", time.perf_counter()
+    shown = data.shown(count, seed)
+    seen = data.train if args.unlabelled else data.train.select(shown)
+    options = {"kind": args.tokenizer, "vocab_size": args.vocab_size}
+    config, processor, column = one_modality(seen, args, args.modality, args.vaes, **options)
+    changed = replace(column, augmentation=Augmentation(**args.augmentation)) if isinstance(column, ImageColumn) else column
+    classifier_class = CLASSIFIERS[type(config)]
+
+    torch.manual_seed(seed)
+    fields = {"num_classes": len(data.told.classes)} | args.generator
+    generator = classifier_class.vae_class(overridden(config, {}, {}, **data.names, **fields))
+    repeats = args.label_repeats if args.unlabelled else -(-args.batch_size // len(shown))
+    known = PartlyLabelled(seen, changed, data.told, per_class=count, seed=seed, repeats=repeats, name=args.dataset)
+    transform = binarization(getattr(generator.config, "binarize", "none"))
+    train_once(accelerator, args, generator, known, folder / "generator", transform=transform, seed=seed, **args.generator_run)
+    classes = torch.arange(len(data.told.classes)).repeat_interleave(args.generated)
+    latents = between(generator, data.rows(data.train.select(shown), changed), classes, seed) if args.latents == "between" else None
+    made = drawn(generator, processor, classes, latents, seed)
+
+    sample, test, figures, num_rows = Sample(data, column, shown), data.rows(data.test, column), {}, 2 * len(made)
+    for arm in ARMS:
+        added = (made, classes) if arm == "augmented" else ([], classes[:0])
+        rows = data.rows(sample.with_generated(*added, num_rows), changed)
+        torch.manual_seed(seed)
+        model = classifier_class(overridden(config, {}, {}, **data.names, **args.classifier))
+        train_classifier(accelerator, args, model, rows, folder / arm, seed=seed)
+        figures[arm] = accuracy(accelerator, model, test)
+        if arm == "real" and args.kept < 1:
+            chosen = surest(accelerator, model, data.rows(sample.with_generated(made, classes, 0), column), classes, args.kept)
+            made, classes = [made[i] for i in chosen.tolist()], classes[chosen]
+    look(folder / "generated", made, classes)
+    return figures | {"seconds": time.perf_counter() - began}
+
+
+def surest(accelerator: Accelerator, model: Any, rows: Rows, classes: Tensor, share: float) -> Tensor:
+    """Numbers of the generated rows, the last ones of ``rows``, that a classifier is surest of: a share of each class."""
+    logits, _ = predict(accelerator, model, Loader(rows, 500, shuffle=False))
+    sure = logits[-len(classes) :].log_softmax(1).gather(1, classes.unsqueeze(1))[:, 0]
+    found = [(classes == number).nonzero().flatten() for number in classes.unique()]
+    return torch.cat([each[sure[each].topk(max(1, round(share * len(each)))).indices] for each in found])
+
+
+def look(path: Path, made: list[Any], classes: Tensor) -> None:
+    """Ten generated rows of every class, as a picture or a table."""
+    first = torch.cat([(classes == number).nonzero().flatten()[:10] for number in classes.unique()]).tolist()
+    if isinstance(made[0], str):
+        text = table({"class": [int(classes[i]) for i in first], "generated": [made[i] for i in first]})
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
+    else:
+        pixels = torch.stack([tv.pil_to_tensor(made[i]) for i in first])
+        grid(pixels.unflatten(0, (len(classes.unique()), -1)), path.with_suffix(".png"))
+
+
+def summary(found: dict[tuple[int, int], dict[str, float]], counts: list[int], draws: int) -> tuple[dict[str, float], str]:
+    """Figures by name, and a table."""
+    figures, columns = {}, {name: [] for name in ("labels per class", *ARMS, "gain, points", "p, paired t-test")}
+    for count in counts:
+        each = {arm: [found[count, draw][arm] for draw in range(draws)] for arm in ARMS}
+        figures |= {f"{count}/{arm}/draw_{draw}": value for arm in ARMS for draw, value in enumerate(each[arm])}
+        columns["labels per class"].append(count)
+        for arm in ARMS:
+            mean, deviation = mean_and_deviation(each[arm])
+            figures |= {f"{count}/{arm}/accuracy": mean, f"{count}/{arm}/deviation": deviation}
+            columns[arm].append(f"{100 * mean:.2f} ± {100 * deviation:.2f} %")
+        gain, p = figures[f"{count}/augmented/accuracy"] - figures[f"{count}/real/accuracy"], paired_p(each["real"], each["augmented"])
+        figures |= {f"{count}/gain": gain, f"{count}/p": p}
+        columns["gain, points"].append(f"{100 * gain:.2f}")
+        columns["p, paired t-test"].append(f"{p:.3g}")
+    return figures, table(columns)
+
+
+def main() -> None:
+    """Load, train and measure every draw, write what came of it."""
+    (args,) = parse(AugmentationRun)
+    accelerator = start(args)
+    if accelerator.num_processes > 1:
+        raise ValueError(f"num_processes: received {accelerator.num_processes}, expected 1")
+    began, data, found = time.perf_counter(), LabelledData.read(args.dataset, args.label), {}
+    for count in args.counts:
+        for draw in range(args.draws):
+            found[count, draw] = draw_once(accelerator, args, data, count, draw)
+            print(f"{count} labels per class, draw {draw}:", json.dumps({name: round(x, 4) for name, x in found[count, draw].items()}))
+    figures, shown = summary(found, args.counts, args.draws)
+    folder = Path(args.output_dir)
+    options = {"classes": data.told.classes} | {name: value for name, value in vars(args).items() if name not in PLACES}
+    write_metrics(folder, figures, seconds=time.perf_counter() - began, dataset=args.dataset, hyperparameters=options)
+    accuracies = {arm: {count: [found[count, draw][arm] for draw in range(args.draws)] for count in args.counts} for arm in ARMS}
+    against(accuracies, folder / "figures" / "accuracy.png", "labels per class", "accuracy")
+    print(shown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Studies as a user runs them, on tiny data: generated rows beside real ones, and classifiers beside each other."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from recipe_runs import recipe, run
+from safetensors.torch import load_file
+
+from mmvae import ImageVAE, ImageVAEConfig
+from mmvae.data import ImageColumn, TextColumn
+from mmvae.processing import train_tokenizer
+from mmvae.study import LabelledData
+
+TINY = ["--batch_size", "8", "--max_steps", "3", "--warmup_steps", "1", "--mixed_precision", "no"]
+WORDS = {"cold": ["ice", "snow", "winter", "frost"], "warm": ["sun", "sand", "summer", "fire"]}
+TEXT = ["--vaes", '{"text": {"embedding_size": 4, "hidden_size": 6, "latent_dim": 2}}']
+IMAGE = ["--vaes", '{"image": {"image_size": 8, "num_channels": 1, "hidden_channels": [4], "latent_dim": 2}}']
+
+
+def texts(folder, word: str | None = None) -> str:
+    """Sentences of two classes; ``word`` in those that show no label when one of each class does, by seed 0."""
+    rng = random.Random(0)
+    rows = [
+        {"text": " ".join(rng.choices(WORDS[label], k=rng.randint(2, 4))), "label": label} for label in ("cold", "warm") for _ in range(6)
+    ]
+    folder.mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if word:
+        shown = LabelledData.read(str(folder), None).shown(1, 0)
+        changed = [row if i in shown else row | {"text": f"{row['text']} {word}"} for i, row in enumerate(rows)]
+        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> str:
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, count in (("train", 5), ("validation", 3)):
+        for number, name in enumerate(("dark", "light")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture = rng.integers(110 * number, 110 * number + 100, (8, 8), dtype=np.uint8)
+                Image.fromarray(picture).save(folder / split / name / f"{i}.png")
+    return str(folder)
+
+
+def figures_of(folder) -> dict[str, float]:
+    return json.loads((folder / "metrics.json").read_text())["metrics"]
+
+
+# ---- generated rows
+
+
+def augment(folder, *options) -> dict[str, float]:
+    command = [*TINY, "--generated", "4", "--generator_run", '{"max_steps": 2}', *options, f"--output_dir={folder}"]
+    assert run("augmentation", command)["exit"] == 0
+    return figures_of(folder)
+
+
+def test_augmentation_of_pictures_goes_on_where_it_was(pictures, tmp_path):
+    options = ["--dataset", pictures, *IMAGE, "--counts", "2", "--augmentation", '{"shift": 1}', "--kept", "0.5"]
+    one = augment(tmp_path, *options, "--draws", "1")
+    checkpoints = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("manifest.json")}
+    two = augment(tmp_path, *options, "--draws", "2")
+    assert checkpoints.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("manifest.json")}.items()
+    assert len(checkpoints) == 3
+    for arm in ("real", "augmented"):
+        each = [two[f"2/{arm}/draw_{draw}"] for draw in range(2)]
+        assert each[0] == one[f"2/{arm}/draw_0"] and two[f"2/{arm}/accuracy"] == pytest.approx(sum(each) / 2)
+    assert two["2/gain"] == pytest.approx(two["2/augmented/accuracy"] - two["2/real/accuracy"])
+    with Image.open(tmp_path / "runs" / "2_0" / "generated.png") as grid:
+        assert grid.size == (2 + 2 * (64 + 2), 2 + 2 * (64 + 2)), "of four generated rows of each class two are kept"
+    assert (tmp_path / "figures" / "accuracy.png").exists()
+
+
+def test_the_generator_sees_rows_with_labels_alone_unless_told_otherwise(tmp_path):
+    data = {name: texts(tmp_path / name, word) for name, word in (("as it was", None), ("changed", "warmer"))}
+    words = []
+    for name, unlabelled in (("as it was", "false"), ("changed", "false"), ("changed", "true")):
+        folder = tmp_path / name / unlabelled
+        augment(folder, "--dataset", data[name], *TEXT, "--counts", "1", "--draws", "1", "--unlabelled", unlabelled, "--latents", "prior")
+        (weights,) = (folder / "runs" / "1_0" / "generator").rglob("model.safetensors")
+        words.append(load_file(weights)["decoder.embed_tokens.weight"])
+    assert torch.equal(words[0], words[1]) and len(words[2]) > len(words[1])
+    assert "generated" in (folder / "runs" / "1_0" / "generated.md").read_text()
+
+
+def test_latents_between_rows_of_a_class(pictures):
+    data, column = LabelledData.read(pictures, None), ImageColumn("image", 8, 1)
+    torch.manual_seed(0)
+    model = ImageVAE(ImageVAEConfig(image_size=8, num_channels=1, hidden_channels=[4], latent_dim=2, num_classes=2)).eval()
+    rows, labels = data.rows(data.train.select(data.shown(1, 0)), column), torch.tensor([0, 1, 1, 0, 1])
+    batch = rows.batch(rows.numbers, rows.numbers)
+    own = model.posterior(**batch).mixture.mean.detach()  # of one row of each class: all that lies between it and itself
+    torch.testing.assert_close(recipe("augmentation").between(model, rows, labels, 0), own[batch["labels"].argsort()][labels])
+    rows = data.rows(data.train, column)
+    z, batch = recipe("augmentation").between(model, rows, labels, 0), rows.batch(rows.numbers, rows.numbers)
+    ends = model.posterior(**batch).mixture.mean.detach()
+    for point, label in zip(z, labels, strict=True):
+        of_class = ends[batch["labels"] == label]
+        beyond = (of_class - point).norm(dim=1).unsqueeze(1) + (of_class - point).norm(dim=1) - torch.cdist(of_class, of_class)
+        assert beyond.min() < 1e-5
+
+
+@pytest.mark.parametrize("made", [0, 3, 50])
+def test_real_rows_are_no_fewer_than_generated_ones(tmp_path, made):
+    data = LabelledData.read(texts(tmp_path / "data"), None)
+    sample = recipe("augmentation").Sample(data, TextColumn("text", train_tokenizer(["a b"])), data.shown(2, 0))
+    rows = sample.with_generated(["new"] * made, torch.arange(made) % 2, 20)
+    real = [text != "new" for text in rows["text"]]
+    assert sum(real) >= max(made, 20 - made) and sum(real) % 4 == 0 and not any(real[len(real) - made :])
+    assert rows["label"][len(real) - made :] == ["cold", "warm"] * (made // 2) + ["cold"] * (made % 2)
