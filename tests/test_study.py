@@ -115,3 +115,30 @@ def test_real_rows_are_no_fewer_than_generated_ones(tmp_path, made):
     real = [text != "new" for text in rows["text"]]
     assert sum(real) >= max(made, 20 - made) and sum(real) % 4 == 0 and not any(real[len(real) - made :])
     assert rows["label"][len(real) - made :] == ["cold", "warm"] * (made // 2) + ["cold"] * (made % 2)
+
+
+# ---- classifiers beside each other
+
+
+def test_compare_texts_by_every_method(tmp_path):
+    options = ["--dataset", texts(tmp_path / "data"), *TINY, *TEXT, "--labels_per_class", "3", "0", "--seeds", "1"]
+    options += ["--vae_run", '{"max_steps": 2}', "--methods", "fine-tuned", "joint", "plain", "logistic"]
+    assert run("compare", [*options, f"--output_dir={tmp_path / 'out'}"])["exit"] == 0
+    figures, card = figures_of(tmp_path / "out"), (tmp_path / "out" / "README.md").read_text()
+    assert figures["all/logistic/accuracy"] == 1, "no word is of both classes, and the test rows are the training rows"
+    assert figures["all/logistic/parameters"] == 8 + 1 and "| all | plain |" in card and "(figures/accuracy.png)" in card
+    embedding, encoder, features = 4 * (8 + 4), 3 * 6 * (4 + 6 + 2), 6
+    assert figures["3/plain/parameters"] == embedding + encoder + 2 * (features + 1)
+    assert figures["3/plain/parameters"] < figures["3/fine-tuned/parameters"] < figures["3/joint/parameters"]
+    assert figures["vae/seconds"] > 0 and figures["all/joint/seconds"] > 0 and figures["all/plain/rows_per_second"] > 0
+
+
+def test_compare_takes_a_trained_vae_and_reads_no_method_of_another_name(pictures, tmp_path):
+    again = ["--dataset", pictures, *TINY, *IMAGE, "--labels_per_class", "2", "--seeds", "1", "--methods"]
+    assert run("compare", [*again, "fine-tuned", f"--output_dir={tmp_path / 'first'}"])["exit"] == 0
+    folder = tmp_path / "first" / "vae"
+    assert run("compare", [*again, "fine-tuned", "plain", f"--vae={folder}", f"--output_dir={tmp_path / 'second'}"])["exit"] == 0
+    first, second = figures_of(tmp_path / "first"), figures_of(tmp_path / "second")
+    assert first["2/fine-tuned/accuracy"] == second["2/fine-tuned/accuracy"] and "vae/seconds" not in second
+    with pytest.raises(ValueError, match="methods: received 'svm', expected some of"):
+        run("compare", [*again, "svm"])
