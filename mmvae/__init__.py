@@ -18,16 +18,18 @@ from mmvae.models.heads import ImageVAEForImageClassification, MMVAEForClassific
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
 from mmvae.models.mmvae import MMVAE, MMVAEConfig
 from mmvae.models.segmentation import ImageVAEForSemanticSegmentation
+from mmvae.models.stacked import StackedVAE, StackedVAEConfig
 from mmvae.models.text_vae import TextVAE, TextVAEConfig
 from mmvae.processing import ImageVAEImageProcessor, ImageVAEImageProcessorPil
 
 __version__ = "0.1.0"
 __all__ = [
     "MMVAE", "ImageVAE", "ImageVAEConfig", "ImageVAEForImageClassification", "ImageVAEForSemanticSegmentation", "ImageVAEImageProcessor",
-    "MMVAEConfig", "MMVAEForClassification", "MMVAEProcessor", "TextVAE", "TextVAEConfig", "TextVAEForSequenceClassification",
+    "MMVAEConfig", "MMVAEForClassification", "MMVAEProcessor", "StackedVAE", "StackedVAEConfig", "TextVAE", "TextVAEConfig",
+    "TextVAEForSequenceClassification",
 ]  # fmt: skip
 
-for _config, _model in ((ImageVAEConfig, ImageVAE), (TextVAEConfig, TextVAE), (MMVAEConfig, MMVAE)):
+for _config, _model in ((ImageVAEConfig, ImageVAE), (TextVAEConfig, TextVAE), (MMVAEConfig, MMVAE), (StackedVAEConfig, StackedVAE)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
 AutoModelForImageClassification.register(ImageVAEConfig, ImageVAEForImageClassification, exist_ok=True)

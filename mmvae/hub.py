@@ -153,7 +153,7 @@ def _listed(items: Mapping[str, Any]) -> str:
 
 def _usage(config: Mapping[str, Any], architecture: str) -> dict[str, str]:
     """The parts of the snippet: which class reads the folder, and what to do with the model."""
-    names, kind = list(config.get("modalities", {})), config.get("model_type", "")
+    names, kind = list(config.get("modalities", {})), config.get("below", config).get("model_type", "")
     reader, task = next((head for end, head in _HEADS.items() if architecture.endswith(end)), ("AutoModel", kind))
     if architecture == "MMVAEForClassification":
         reader = task = architecture  # transformers has no class for it
@@ -196,7 +196,8 @@ def model_card(
     folder = Path(folder)
     config, record = _json(folder, "config.json"), _json(folder, "metrics.json")
     kind, name = config.get("model_type", "vae"), repo_id or folder.resolve().name
-    architecture, task = (config.get("architectures") or [kind])[0], _PIPELINE_TAGS.get(kind, "feature-extraction")
+    seen = config.get("below", config).get("model_type")  # of stacked models what is below
+    architecture, task = (config.get("architectures") or [kind])[0], _PIPELINE_TAGS.get(seen, "feature-extraction")
     task = next((task for end, (_, task) in _HEADS.items() if architecture.endswith(end)), task)
     data = ModelCardData(
         license=license,

@@ -155,6 +155,7 @@ def guess_modalities(data: Any) -> str:
 
 def read_column(config: VAEConfig, processor: Any, name: str, *, max_length: int = 512, truncate: bool = False) -> Column:
     """What a model of one modality takes from a column, read as its processor does."""
+    config = getattr(config, "below", config)
     if isinstance(config, TextVAEConfig):
         return TextColumn(name, processor, max_length, truncate)
     pixels = {"background": tuple(processor.background), "resize": processor.resize_mode}

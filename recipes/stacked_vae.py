@@ -1,0 +1,87 @@
+"""Train classes on the latent of a trained VAE of one modality, from few labels (M1 + M2).
+
+    accelerate launch recipes/image_vae.py --config recipes/configs/image_vae_mnist.yaml --dataset path/to/mnist
+    accelerate launch recipes/stacked_vae.py --config recipes/configs/stacked_mnist.yaml --dataset path/to/mnist --label_seed 0
+
+The folder holds both: it tells the classes of pictures or texts, and draws them by class. Results: see the configs.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoProcessor
+
+from mmvae import StackedVAE
+from mmvae.data import Augmentation, ImageColumn, splits
+from mmvae.data.partly_labelled import LabelArguments, partly_labelled
+from mmvae.evaluation import binarization
+from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
+from mmvae.modalities import read_columns
+from mmvae.options import mapping
+from mmvae.pictures import grid, table
+from mmvae.processing import decode_text
+
+
+@dataclass
+class StackedArguments(LabelArguments):
+    """Options of M2."""
+
+    label_column: str | None = "label"
+    modality: str | None = field(default=None, metadata={"help": "name:kind[:column]; the column is guessed"})
+    augmentation: str = field(default="{}", metadata={"help": 'random changes to training pictures: {"shift": 2}'})
+    latent_dim: int = 32
+    hidden_size: int = 500
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.augmentation = mapping("augmentation", self.augmentation)
+
+
+@dataclass
+class StackedRun(RunArguments):
+    """Defaults for a few hundred labels."""
+
+    output_dir: str = "outputs/stacked_vae"
+    vae: str = field(default="outputs/image_vae", metadata={"help": "folder or Hub id of M1"})
+    num_epochs: int | None = 5
+    importance_samples: int = 0
+    kl_schedule: str = "constant"
+    kl_options: str = "{}"
+
+
+DATA = ("modality", "augmentation", "label_column", "labels_per_class", "label_repeats", "label_seed")
+
+
+def main() -> None:
+    """Load, train, evaluate, write the model folder."""
+    args, made = parse(StackedRun, StackedArguments)
+    accelerator, data = start(args), splits(args.dataset)
+    below, processor = AutoModel.from_pretrained(args.vae, dtype="float32"), AutoProcessor.from_pretrained(args.vae)
+    options = {"max_length": args.max_length, "truncate": args.truncate}
+    (column,) = read_columns(below, processor, data["train"], made.modality, **options)
+    columns = dict.fromkeys(data, column)
+    if isinstance(column, ImageColumn):
+        columns["train"] = replace(column, augmentation=Augmentation(**made.augmentation))
+    rows, classes = partly_labelled(data, columns, made, name=args.dataset, seed=args.seed)
+    loaders = make_loaders(accelerator, args, rows)
+    options = {f.name: getattr(made, f.name) for f in fields(StackedArguments) if f.name not in DATA}
+    torch.manual_seed(args.seed)
+    model = StackedVAE.over(below, **options | classes)
+    transform = binarization(model.config.binarize)
+
+    def draw(model: StackedVAE, figures: Path) -> dict[str, str]:
+        every = torch.arange(model.config.num_classes).repeat_interleave(10)
+        generator = torch.Generator().manual_seed(args.seed)
+        if isinstance(column, ImageColumn):
+            grid(model.generate(every, generator=generator), figures / "classes.png", 10)
+            return {}
+        sentences = decode_text(processor, model.generate(every[::4], generator=generator, num_beams=4, max_new_tokens=40))
+        return {"Sentences by class": table({"class": [classes["id2label"][n] for n in every[::4].tolist()], "sentence": sentences})}
+
+    result = train(accelerator, args, model, loaders, transform=transform)
+    finish(accelerator, args, model, processor, result, loaders, transform=transform, draw=draw)
+
+
+if __name__ == "__main__":
+    main()
