@@ -127,8 +127,8 @@ def update(
 ) -> dict[str, Tensor]:
     """Take one optimizer step on this rank's share of a global batch: backward by micro-batches, clip, step, average the weights.
 
-    When a loss or gradient is not finite on any rank, no rank takes the step: weights, moments and the optimizer's step
-    count stay. A loss that is not finite makes all of its gradients so, and the reduction over ranks hands that on.
+    When a loss or gradient is not finite on any rank, no rank takes the step: weights, buffers such as running means,
+    moments and the optimizer's step count stay. A loss that is not finite makes all of its gradients so, and the reduction over ranks hands that on.
     With fused Adam or AdamW and with a gradient scaler this costs no wait for the device; other optimizers need one per
     step.
 
@@ -154,6 +154,7 @@ def update(
     if accumulation < 1:
         raise ValueError(f"accumulation={accumulation}: expected at least 1")
     optimizer.zero_grad()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.is_floating_point()]
     loss = _backward(accelerator, model, losses, batch, accumulation)
     for name, parameter in unwrap(model).named_parameters() if trained is not None else ():
         if name not in trained:
@@ -162,6 +163,8 @@ def update(
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     skipped = (~torch.isfinite(norm)).float()
     _step(accelerator, optimizer, skipped, scheduler)
+    for buffer, before in buffers:
+        buffer.copy_(torch.where(skipped.bool(), before, buffer))
     optimizer.zero_grad()
     if ema is not None:
         ema.update()

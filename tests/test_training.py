@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from distributed_toy import ToyLoader, ToyModel, make, run
 
-from mmvae import checkpoint
+from mmvae import ImageVAE, ImageVAEConfig, checkpoint
 from mmvae.training import EMA, evaluate, fit, load_weights, micro_batches, unwrap, update
 
 
@@ -93,6 +93,22 @@ def test_an_infinite_loss_with_finite_gradients_is_not_taken(accelerator):
     model, _, outcomes = one_update(accelerator, steps=1, wreck=lambda loss, n: loss + math.inf)
     assert outcomes[0]["skipped"] == 1
     assert torch.equal(flat(model), flat(one_update(accelerator, steps=0)[0]))
+
+
+def test_what_a_forward_remembers_of_a_step_that_is_not_taken_is_forgotten(accelerator):
+    """Else one such batch would spoil the running scale of a likelihood, and with it every later loss and checkpoint."""
+    options = {"likelihood": "gaussian", "scale_mode": "optimal", "norm": "batch"}
+    model = ImageVAE(ImageVAEConfig(image_size=8, num_channels=1, hidden_channels=[4], latent_dim=2, **options)).train()
+    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), fused=True))
+    batch = {"x": torch.rand(4, 1, 8, 8), "row_weight": torch.ones(4), "num_rows": torch.tensor(4)}
+    factor = 1.0
+    model.encoder.stem.register_forward_hook(lambda module, inputs, out: out * factor)
+    for factor, skipped in ((1.0, 0), (math.nan, 1), (1.0, 0)):
+        before = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+        outcome = update(accelerator, model, optimizer, lambda part: model(pixel_values=part["x"]).loss_rows, batch, accumulation=2)
+        assert outcome["skipped"] == skipped
+        changed = {name for name, buffer in model.named_buffers() if name in before and not torch.equal(buffer, before[name])}
+        assert changed == (set() if skipped else set(before))
 
 
 def test_a_step_of_a_fused_optimizer_waits_for_nothing(accelerator, monkeypatch):
