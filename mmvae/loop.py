@@ -7,13 +7,11 @@ same after any stop and resume.
 import contextlib
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +22,7 @@ from tqdm.auto import tqdm
 from mmvae import checkpoint
 from mmvae.checkpoint import CheckpointError
 from mmvae.noise import fold
+from mmvae.processes import Signals
 from mmvae.snapshot import load_state, state_of
 
 Step = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
@@ -36,7 +35,7 @@ class Batches(Protocol):
     fingerprint: str
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
-        """This rank's share of every global batch of the epoch from number ``start`` on."""
+        """This rank's share of every global batch of the epoch from number ``start`` on, with ``row`` and ``row_weight`` (B,)."""
 
 
 @dataclass
@@ -53,34 +52,6 @@ class Progress:
     skipped: int = 0
     window: list[dict[str, float]] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
-
-
-class Signals:
-    """Notes the first SIGTERM or SIGINT; a second one, more than a second later, ends the process at once.
-
-    (Within a second it is taken for the same one: a terminal and a launcher often both send it.)
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._since = 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        with contextlib.suppress(ValueError):  # outside of the main thread signals cannot be handled
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if not self.received:
-            self.received, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > 1:
-            os._exit(128 + number)
 
 
 @dataclass
@@ -105,7 +76,7 @@ class Run:
     max_skipped: int
     on_log: Callable[[dict[str, float]], None] | None
     progress: Progress = field(default_factory=Progress)
-    pending: list[dict[str, Any]] = field(default_factory=list)  # values of the last steps, still on the device
+    pending: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)  # values of the last steps, still on the device; rows
     saved: tuple[int, int] = (0, 0)  # (step, step of the last evaluation) of the last checkpoint
     last: Path | None = None
     seconds: float = 0.0
@@ -165,29 +136,51 @@ class Run:
 
     # logging
 
-    def record(self, values: Mapping[str, Tensor | float], rows: int) -> None:
-        self.pending.append(dict(values))
+    def record(self, values: Mapping[str, Tensor | float], batch: Mapping[str, Tensor]) -> None:
+        self.pending.append((dict(values), batch["row"]))
         since, steps, total = self.lap
-        self.lap = (since, steps + 1, total + rows)
+        self.lap = (since, steps + 1, total + len(batch["row"]) * self.accelerator.num_processes)
         self.bar.update()
 
     def flush(self) -> None:
-        """Bring the values of the pending steps to the host, averaged over ranks; count the steps that were skipped in a row."""
-        at, rows = self.progress, self.pending
+        """Bring the values of the pending steps to the host, averaged over ranks; tell the steps that were skipped."""
+        at, pending = self.progress, self.pending
         self.pending = []
+        rows = [values for values, _ in pending]
+        not_finite = [values.pop("not_finite", None) for values in rows]
         names = [name for name, value in rows[0].items() if isinstance(value, Tensor)] if rows else []
         if names:
             table = torch.stack([torch.stack([row[name].detach().float() for name in names]) for row in rows])
             for row, values in zip(rows, self.accelerator.reduce(table, "mean").tolist(), strict=True):
                 row.update(zip(names, values, strict=True))
-        for n, row in enumerate(rows, at.step - len(rows) + 1):
+        for n, row in enumerate(rows):
             at.skipped = at.skipped + 1 if row.get("skipped") else 0
-            if at.skipped >= self.max_skipped:
-                raise FloatingPointError(
-                    f"step {n}: loss or gradients were not finite in {at.skipped} steps in a row, none of which was taken; "
-                    f"the last checkpoint is {self.last or 'none'}"
-                )
+            if at.skipped:
+                self.tell_skipped(at.step - len(rows) + 1 + n, pending[n][1], not_finite[n])
+        if rows and self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() < 1:
+            raise FloatingPointError(
+                f"step {at.step}: the scale of float16 gradients has shrunk to {self.accelerator.scaler.get_scale():.3g}, so they vanish: "
+                f"train with mixed_precision bf16 or no; the last good checkpoint is {checkpoint.newest(self.folder)[0] or 'none'}"
+            )
         at.window += rows
+
+    def tell_skipped(self, n: int, rows: Tensor, not_finite: Tensor | None) -> None:
+        """Name the rows that made step ``n`` not finite; stop after too many such steps in a row. ``rows``: (B,) of this rank."""
+        bad = rows[not_finite.cpu()] if not_finite is not None else rows[:0]
+        shown = torch.full((2, 8), -1)  # the first rows whose loss is not finite, and the first of all
+        for line, found in zip(shown, (bad, rows), strict=True):
+            line[: len(found)] = found[:8]
+        ranks = self.accelerator.gather(shown[None].to(self.accelerator.device)).tolist()
+        of_loss = any(max(first) >= 0 for first, _ in ranks)
+        named = [[row for row in (first if of_loss else every) if row >= 0] for first, every in ranks]
+        where = ", ".join(f"rows {', '.join(map(str, found))} on rank {rank}" for rank, found in enumerate(named) if found)
+        reason = f"step {n}: not taken, {'the loss' if of_loss else 'no loss, but a gradient'} was not finite: {where}"
+        self.say(reason)
+        if self.progress.skipped >= self.max_skipped:
+            raise FloatingPointError(
+                f"{reason}; these are {self.progress.skipped} steps in a row; the last good checkpoint is "
+                f"{checkpoint.newest(self.folder)[0] or 'none'}"
+            )
 
     def log(self) -> None:
         self.flush()
@@ -283,7 +276,6 @@ class Run:
             self.progress, self.seconds, self.last = progress, clock["seconds"], source
             self.saved = (progress.step, progress.evaluated)
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(line) + "\n" for line in self.progress.history]
             draft = self.folder / ".history.jsonl"
             draft.write_text("".join(lines), encoding="utf-8")
@@ -320,7 +312,7 @@ def train_epoch(run: Run, step: Step, loader: Batches, signals: Signals) -> None
     while batch is not None and not run.done():
         torch.manual_seed(fold(run.seed, at.step, accelerator.process_index))
         values = step(to_device(accelerator.device, batch), at.step)
-        run.record(values, len(batch["row_weight"]) * accelerator.num_processes)
+        run.record(values, batch)
         batch = next(batches, None)  # made on the host while the device still works on the step
         at.step += 1
         at.epoch, at.batch = (at.epoch + 1, 0) if batch is None else (at.epoch, at.batch + 1)

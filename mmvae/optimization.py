@@ -127,10 +127,9 @@ def update(
 ) -> dict[str, Tensor]:
     """Take one optimizer step on this rank's share of a global batch: backward by micro-batches, clip, step, average the weights.
 
-    When a loss or gradient is not finite on any rank, no rank takes the step: weights, buffers such as running means,
-    moments and the optimizer's step count stay. A loss that is not finite makes all of its gradients so, and the reduction over ranks hands that on.
-    With fused Adam or AdamW and with a gradient scaler this costs no wait for the device; other optimizers need one per
-    step.
+    When a loss or gradient is not finite on any rank, no rank takes the step: weights, buffers such as running means, moments and the
+    optimizer's step count stay. With fused Adam or AdamW and with a gradient scaler this costs no wait for the device; other optimizers
+    need one per step.
 
     Arguments:
         accelerator: has prepared ``model`` and ``optimizer``, and not ``scheduler``, which it would advance once per
@@ -149,32 +148,36 @@ def update(
 
     Returns:
         ``loss`` () (averaging it over ranks gives the mean over the global batch), ``grad_norm`` () before clipping,
-        ``skipped`` () 0 or 1. Tensors on the device; nothing waits for them.
+        ``skipped`` () 0 or 1, ``not_finite`` (B,) bool, the rows whose loss is not. Tensors on the device; nothing waits for them.
     """
     if accumulation < 1:
         raise ValueError(f"accumulation={accumulation}: expected at least 1")
     optimizer.zero_grad()
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.is_floating_point()]
-    loss = _backward(accelerator, model, losses, batch, accumulation)
+    loss, not_finite = _backward(accelerator, model, losses, batch, accumulation)
     for name, parameter in unwrap(model).named_parameters() if trained is not None else ():
         if name not in trained:
             parameter.grad = None  # after backward: data-parallel training waits for the gradient of every one
     norm = accelerator.clip_grad_norm_(model.parameters(), float("inf") if max_grad_norm is None else max_grad_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    skipped = (~torch.isfinite(norm)).float()
+    skipped = (~(norm.isfinite() & loss.isfinite())).float()
+    if accelerator.num_processes > 1:  # the norm is that of all ranks, the loss a rank's own
+        skipped = accelerator.reduce(skipped, "sum").clamp(max=1.0)
     _step(accelerator, optimizer, skipped, scheduler)
     for buffer, before in buffers:
         buffer.copy_(torch.where(skipped.bool(), before, buffer))
     optimizer.zero_grad()
     if ema is not None:
         ema.update()
-    return {"loss": loss, "grad_norm": norm, "skipped": skipped}
+    return {"loss": loss, "grad_norm": norm, "skipped": skipped, "not_finite": not_finite}
 
 
-def _backward(accelerator: Accelerator, model: nn.Module, losses: Callable, batch: Mapping[str, Tensor], accumulation: int) -> Tensor:
-    """Accumulate the gradients of every micro-batch, reduced over ranks with the last; returns the detached loss."""
+def _backward(
+    accelerator: Accelerator, model: nn.Module, losses: Callable, batch: Mapping[str, Tensor], accumulation: int
+) -> tuple[Tensor, Tensor]:
+    """Accumulate the gradients of every micro-batch, reduced over ranks with the last; the detached loss, and rows that are not finite."""
     scale = accelerator.num_processes / batch["num_rows"]
-    total = torch.zeros((), device=batch["row_weight"].device)
+    total, not_finite = torch.zeros((), device=batch["row_weight"].device), []
     pieces = list(micro_batches(batch, accumulation))
     for piece in pieces:
         last = piece is pieces[-1]
@@ -183,11 +186,12 @@ def _backward(accelerator: Accelerator, model: nn.Module, losses: Callable, batc
             if rows.shape != piece["row_weight"].shape:
                 raise ValueError(f"losses() gave shape {tuple(rows.shape)}, expected one loss per row: {tuple(piece['row_weight'].shape)}")
             loss = (rows.float() * piece["row_weight"]).sum() * scale
-            # times 1, or NaN where the loss is not finite: then its gradients are too, even those that would have been finite
+            # times 1, or NaN where the loss is not finite: a gradient scaler looks at gradients alone
             guard = 1 + 0 * loss.detach()
             accelerator.backward(loss * guard * accelerator.gradient_accumulation_steps)
             total += loss.detach()
-    return total
+            not_finite.append(~rows.detach().isfinite())
+    return total, torch.cat(not_finite)
 
 
 def micro_batches(batch: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:

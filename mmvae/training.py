@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmvae import checkpoint
-from mmvae.loop import Batches, Run, Signals, Step, to_device, train_epoch
+from mmvae.checkpoint import CheckpointError
+from mmvae.loop import Batches, Run, Step, to_device, train_epoch
 from mmvae.optimization import EMA, micro_batches, unwrap, update
+from mmvae.processes import Signals, locked
 from mmvae.snapshot import load_weights
 
 __all__ = ["EMA", "Batches", "Result", "Step", "evaluate", "fit", "load_weights", "micro_batches", "unwrap", "update"]
@@ -136,12 +138,13 @@ def fit(
     """Train until ``max_steps``, ``num_epochs`` or ``patience`` is reached; stop and start as often as you like.
 
     SIGTERM or SIGINT: all ranks finish the same step, save, and the process exits with 143 or 130; a second signal,
-    more than a second later, exits at once. (Ranks agree on that step by one small message on the CPU per step, which
-    waits for no device.)
+    more than a second later, exits at once. The loss of the launcher counts as SIGTERM. (Ranks agree on that step by one
+    small message on the CPU per step, which waits for no device.)
 
     Arguments:
         accelerator: its ranks train, its main process writes and reports.
-        step: (batch on the device, number of steps done) -> scalars to log, tensors on the device; one optimizer step.
+        step: (batch on the device, number of steps done) -> scalars to log, tensors on the device, and the ``not_finite`` of
+            :func:`update`; one optimizer step.
         loader: :class:`Batches`; its ``fingerprint`` becomes part of ``info``.
         state: entries that make up the run, each with ``state_dict`` and ``load_state_dict``: model, optimizer,
             scheduler, ema, ...
@@ -166,8 +169,10 @@ def fit(
         :class:`Result`. A run that was finished before returns at once.
 
     Raises:
-        CheckpointError: no resuming from that folder; says which file and why, or which fields of ``info`` differ.
-        FloatingPointError: ``max_skipped`` steps in a row were not finite.
+        CheckpointError: no resuming from that folder; says which file and why, or which fields of ``info`` differ. Or the folder
+            cannot be written, or another process trains into it, which is waited for ten seconds.
+        FloatingPointError: ``max_skipped`` steps in a row were not finite, or a gradient scaler has shrunk below 1; names the
+            step, the rows, their ranks and the last good checkpoint.
         SystemExit: after SIGTERM (143) or SIGINT (130).
     """
     if max_steps is None and num_epochs is None:
@@ -187,11 +192,14 @@ def fit(
         accelerator, state, Path(folder), info, seed,
         max_steps, num_epochs, patience, evaluate, eval_every, monitor, lower_is_better, log_every, save_every, keep, max_skipped, on_log,
     )  # fmt: skip
-    run.restore(resume, set(allow_changes))
-    with Signals() as signals, run.progress_bar(loader):
-        run.settle(signals)
-        while not run.done():
-            train_epoch(run, step, loader, signals)
+    with locked(run.folder) if accelerator.is_main_process else contextlib.nullcontext() as refusal, Signals() as signals:
+        if run.agree(refusal is not None):
+            raise CheckpointError(refusal or f"{folder}: the main process was refused")
+        run.restore(resume, set(allow_changes))
+        with run.progress_bar(loader):
+            run.settle(signals)
+            while not run.done():
+                train_epoch(run, step, loader, signals)
     accelerator.wait_for_everyone()
     at = run.progress
     best = at.step if at.best_step is None else at.best_step

@@ -18,7 +18,7 @@ FLOORS = [
     {"nn", "recurrent", "density", "densities", "pose", "angles"},
     {"models"},
     {"data", "processing", "joint_processing", "pictures", "templates", "negatives"},
-    {"tree", "checkpoint", "snapshot", "optimization", "loop", "training", "record", "hub", "phases", "options"}
+    {"tree", "checkpoint", "snapshot", "processes", "optimization", "loop", "training", "record", "hub", "phases", "options"}
     | {"evaluation", "experiment", "density_fitting", "coherence", "classifiers", "baselines", "judge", "modalities", "sentences", "study"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,91 @@
+"""The processes around a run: the signals that it gets, the launcher that it may lose, and the other run that wants its folder."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+_LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun and accelerate tell their processes so
+
+
+class Signals:
+    """Notes the first SIGTERM or SIGINT; a second one, more than a second later, ends the process at once.
+
+    (Within a second it is taken for the same one: a terminal and a launcher often both send it.) A launcher that is gone counts as
+    SIGTERM: it could neither be stopped nor tell how the run ended, and the same command could not be started again beside it.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+        self._launcher = os.getppid() if any(name in os.environ for name in _LAUNCHED) else None
+
+    def __enter__(self) -> "Signals":
+        with contextlib.suppress(ValueError):  # outside of the main thread signals cannot be handled
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def received(self) -> int:
+        """The signal, 0 for none."""
+        orphaned = self._launcher is not None and os.getppid() != self._launcher
+        return self._number or (signal.SIGTERM if orphaned else 0)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if not self._number:
+            self._number, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > 1:
+            os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, patience: float = 10.0) -> Iterator[str | None]:
+    """Make a folder, see that it can be written, and keep other processes out of it; yields why not, or None.
+
+    The system lets go of the lock when the process ends, however it ends, so nothing stale is ever left. It is a POSIX lock: processes
+    forked from this one, such as those of a loader, do not hold it.
+
+    Arguments:
+        folder: the folder; its file ``.lock`` tells who holds it.
+        patience: seconds to wait for another process, which may be about to end.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        yield f"{folder}: cannot be written: {error}"
+        return
+    with file:
+        yield _lock(file, folder, time.monotonic() + patience)
+
+
+def _lock(file: Any, folder: Path, until: float) -> str | None:
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > until:
+                file.seek(0)
+                return f"{folder}: {file.read().strip()} is training into it: expected one run in a folder; stop that one or choose another"
+            time.sleep(0.1)
+        except OSError as error:  # there are file systems without locks
+            warnings.warn(f"{folder}: cannot be locked ({error}): see to it that no other run trains into it", stacklevel=2)
+            return None
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            return None
