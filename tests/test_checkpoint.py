@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import resource
 import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -245,6 +247,32 @@ def test_a_full_disk_is_reported_and_loses_nothing(tmp_path, monkeypatch):
         checkpoint.save(tmp_path, 2, small_state())
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
     checkpoint.verify(first)
+
+
+def test_a_disk_that_refuses_a_file_at_any_byte_loses_nothing(tmp_path):
+    """50 limits on the size of a file, which the system holds this process to; ``endurance.py disk`` fills a real one."""
+    state = small_state() | {"ema": {"w": torch.zeros(100)}}
+    first = checkpoint.save(tmp_path, 1, state)
+    largest = max(path.stat().st_size for path in first.iterdir())
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    message = r"cannot write the checkpoint of step 2 \(about 424 bytes .*(File too large|os error 27)"
+    for limit in random.Random(0).sample(range(largest), 50):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(CheckpointError, match=message):
+                checkpoint.save(tmp_path, 2, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert list(tmp_path.iterdir()) == [first]
+    checkpoint.verify(first)
+
+
+def test_the_folder_of_temporary_files_is_not_needed(tmp_path, monkeypatch):
+    """A rename from there could become a copy."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    checkpoint.verify(checkpoint.save(tmp_path / "run", 1, small_state()))
+    assert not (tmp_path / "none").exists()
 
 
 CRASHES = """
