@@ -41,6 +41,7 @@ class ImageArguments(LabelArguments):
     rotation: float = 0.0
     brightness: float = 0.0
     input_noise: float = field(default=0.0, metadata={"help": "standard deviation of noise on the encoder's input: a denoising VAE"})
+    input_jitter: float = field(default=0.0, metadata={"help": "strength, to 1, of turns, slants and shifts of the encoder's input alone"})
     latent_dim: int = field(default=16, metadata={"help": "16 suits the built-in sprites; pictures with more in them want more"})
     hidden_channels: list[int] | None = None
     num_blocks: int = 1

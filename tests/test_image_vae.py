@@ -136,6 +136,16 @@ def test_pseudo_inputs_are_encoded_alike_in_training_and_evaluation():
     assert not torch.equal(model.encode(pixel_values=x).mean, model.encode(pixel_values=x).mean)  # the data still gets its noise
 
 
+def test_jitter_is_seen_by_the_encoder_alone_and_in_training_alone():
+    model, x = make(input_jitter=1.0), pictures(2, 1, 16, 16)
+    assert torch.equal(model.encode(pixel_values=x).mean, model.encode(pixel_values=x).mean)
+    model.train()
+    assert not torch.equal(model.encode(pixel_values=x).mean, model.encode(pixel_values=x).mean)
+    assert torch.equal(model.target(pixel_values=x), model.eval().target(pixel_values=x))
+    with pytest.raises(StrictDataclassError, match="ImageVAEConfig.input_jitter: received 0.5 with a pose, expected 0"):
+        make(input_jitter=0.5, pose="rotation", latent_dim=8)
+
+
 def test_a_spatial_model_is_bounded_at_its_own_size_and_encodes_others():
     model = make(spatial_latent=True)
     x = pictures(1, 1, 24, 32)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmvae.data import sprites
-from mmvae.pose import POSES, Pose, centre_of, grid, sample
+from mmvae.pose import POSES, Pose, centre_of, grid, jittered, sample
 
 ANGLES = torch.linspace(-3, 3, 7)
 SHIFTS = torch.stack([torch.linspace(-0.6, 0.6, 7), torch.linspace(0.5, -0.3, 7)], 1)
@@ -75,3 +75,21 @@ def test_a_sprite_is_located_and_its_angle_matched():
         angle = pose.match(seen[same], seen[one].expand(len(same), -1, -1, -1))
         error = (angle - (truth[same] - truth[one]) + math.pi) % (2 * math.pi) - math.pi
         assert error.abs().max() < math.radians(6), one
+
+
+def test_jitter_turns_scales_and_shifts_a_little_and_each_picture_by_itself():
+    square = torch.zeros(400, 1, 32, 32)
+    square[:, :, 12:20, 12:20] = 1.0
+    torch.testing.assert_close(jittered(square, 0.0), square)
+    moved = jittered(square, 1.0)
+    across = (torch.arange(32) + 0.5) / 16 - 1
+    mass = moved.sum((1, 2, 3))
+    middle = torch.stack([(moved.sum((1, 2)) * across).sum(1) / mass, (moved.sum((1, 3)) * across).sum(1) / mass], 1)
+    assert middle.abs().max() < 0.5  # an eighth of the picture, and by turn and scale a little more
+    assert middle.std(0).min() > 0.05 and middle.mean(0).abs().max() < 0.05
+    assert 0.3 < mass.min() / 64 < 0.8 < 1.3 < mass.max() / 64 < 2.2  # 40 % smaller or larger across and down
+    assert 0 <= moved.min() and moved.max() <= 1
+    torch.manual_seed(3)
+    once = jittered(square[:5], 0.5)
+    torch.manual_seed(3)
+    assert torch.equal(jittered(square[:5], 0.5), once)

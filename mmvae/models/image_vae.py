@@ -26,7 +26,7 @@ from mmvae.models.configuration import refuse_unknown
 from mmvae.models.tiling import TiledModel
 from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, fold_leading
 from mmvae.objectives import Objective
-from mmvae.pose import POSES, Pose, arbitrary_angle, lay
+from mmvae.pose import POSES, Pose, arbitrary_angle, jittered, lay
 
 _NARROW = -6.0  # log-variance of a pose at the beginning: 3 degrees
 
@@ -56,6 +56,8 @@ class ImageVAEConfig(ClassVAEConfig):
             rank, so that it alone makes a loss depend on gradient accumulation and on the rows of a batch.
         scale: its (first) value in units of the pixel range.
         input_noise: standard deviation of noise on the encoder's input in training (a denoising VAE), in units of the pixel range.
+        input_jitter: strength, at most 1, of random turns, scales, slants and shifts of the encoder's input in training, see
+            :func:`mmvae.pose.jittered`. The decoder draws the true picture: the latent learns what a picture shows rather than how.
         binarize: how the data's pixels were made 0 or 1: "none", "threshold" or "dynamic". The recipes do it, before the model; the field
             is a record for evaluation.
     """
@@ -76,6 +78,7 @@ class ImageVAEConfig(ClassVAEConfig):
     scale_mode: str = "learned"
     scale: float | int = 0.1
     input_noise: float | int = 0.0
+    input_jitter: float | int = 0.0
     binarize: str = "none"
 
     ranges: ClassVar[dict[str, tuple[float, float]]] = ClassVAEConfig.ranges | {
@@ -86,6 +89,7 @@ class ImageVAEConfig(ClassVAEConfig):
         "dropout": (0, 0.99),
         "scale": (1e-3, 10),
         "input_noise": (0, 10),
+        "input_jitter": (0, 1),
     }
     choices: ClassVar[dict[str, tuple[Any, ...]]] = ClassVAEConfig.choices | {
         "num_channels": (1, 3, 4),
@@ -145,6 +149,7 @@ class ImageVAEConfig(ClassVAEConfig):
                 ("latent_dim", self.latent_dim <= POSES[self.pose], f"more than the {POSES[self.pose]} of the pose"),
                 ("spatial_latent", self.spatial_latent, "False"),
                 ("norm", self.norm == "batch", "'group' or 'none': the angle is found by drawing"),
+                ("input_jitter", self.input_jitter > 0, "0: the latent is to tell the pose"),
             ):
                 if wrong:
                     raise ValueError(f"ImageVAEConfig.{name}: received {getattr(self, name)!r} with a pose, expected {expected}")
@@ -237,9 +242,11 @@ class ImageVAE(ClassVAE, TiledModel):
         return self._infer(self._seen(pixel_values))
 
     def _seen(self, pixel_values: Tensor) -> Tensor:
-        """What is encoded: pixels in [0, 1], with input noise in training."""
+        """What is encoded: pixels in [0, 1], with jitter and noise in training."""
         self._check(pixel_values, any_size=self.config.spatial_latent)
         pixels = self.target(pixel_values=pixel_values)
+        if self.training and self.config.input_jitter:
+            pixels = jittered(pixels, self.config.input_jitter)
         noise = self.config.input_noise if self.training else 0
         return pixels + noise * torch.randn_like(pixels) if noise else pixels
 
