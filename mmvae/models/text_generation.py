@@ -5,10 +5,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from torch.nn import functional as F
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import logits_process
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from mmvae.models.classes import ClassVAE
 from mmvae.recurrent import GRUState
+
+# what sees every row by itself, whatever others there are; a function of the caller's may not
+_BY_ROW = (
+    MaxLengthCriteria,
+    EosTokenCriteria,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.SuppressTokensLogitsProcessor,
+)
 
 
 class TextGeneration(ClassVAE, GenerationMixin):
@@ -73,6 +93,45 @@ class TextGeneration(ClassVAE, GenerationMixin):
         if all(options.get(name) is None and getattr(defaults, name) is None for name in lengths):
             options["max_new_tokens"] = 64  # as an option: in generation_config it would silently win over a caller's max_length
         return GenerationMixin.generate(self, latents=latents, **options)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: logits_process.LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' greedy and random decoding, save that finished rows leave the batch and logits are made in chunks of rows.
+
+        What regards a batch as a whole, or asks for more than tokens, is left to transformers.
+        """
+        by_row = all(type(each) in _BY_ROW for each in (*logits_processor, *stopping_criteria))
+        if not by_row or generation_config.return_dict_in_generate or kwargs.get("streamer") or kwargs.get("synced_gpus"):
+            return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        cpu, length, pad = input_ids.device.type == "cpu", input_ids.shape[1], generation_config.pad_token_id
+        chunk = max(1, (1 << 21 if cpu else 1 << 28) // self.config.vocab_size)  # on a CPU logits that stay in the cache
+        latents, hidden = self.with_class(kwargs["latents"], kwargs.get("class_labels")).to(self.dtype), None
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        written = F.pad(input_ids, (0, stopping_criteria.max_length - length), value=pad)
+        lengths, done = torch.full_like(rows, length), torch.zeros_like(rows, dtype=torch.bool)
+        for end in range(length, written.shape[1]):
+            new = written[rows, 0 if hidden is None else end - 1 : end]
+            states, hidden = self.decoder(new, latents[rows], hidden)
+            parts = zip(written[rows, :end].split(chunk), states[:, -1].split(chunk), strict=True)
+            tokens = torch.cat([self._choose(logits_processor(ids, self.lm_head(h).float()), generation_config) for ids, h in parts])
+            written[rows, end], lengths[rows] = tokens.masked_fill(done, pad), lengths[rows] + ~done
+            done = done | stopping_criteria(written[rows, : end + 1], None)
+            if cpu or end % 8 == 0:  # elsewhere the host would wait for the device
+                if done.all():
+                    break
+                rows, hidden, done = rows[~done], hidden[:, ~done], done[~done]
+        return written[:, : int(lengths.max())]
+
+    @staticmethod
+    def _choose(scores: Tensor, generation_config: GenerationConfig) -> Tensor:
+        """The next tokens (N,) by their scores (N, V)."""
+        return scores.softmax(-1).multinomial(1).squeeze(1) if generation_config.do_sample else scores.argmax(-1)
 
     def render(self, z: Tensor, **options: Any) -> Tensor:
         """Sentences as token ids; see :meth:`generate`."""
