@@ -174,6 +174,36 @@ class Autoregressive(Distribution):
         return at_least_float32(self.token_log_prob(value)).sum(-1)
 
 
+class BagOfWords(Distribution):
+    r"""Words drawn one by one from one distribution, :math:`\log p(x) = \sum_v x_v \log p_v`, of a document whose length is given.
+
+    That is the probability of the words in their order; that of the counts alone, a multinomial's, has a coefficient too that no parameter
+    changes, and is not what the perplexity of topic models is made of.
+
+    Arguments:
+        logits: (*, B, V), of log p up to a constant.
+
+    Example:
+        >>> BagOfWords(torch.tensor([0.5, 0.25, 0.25]).log()).log_prob(torch.tensor([2, 1, 0])).exp()
+        tensor(0.0625)
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+
+    def __init__(self, logits: Tensor):
+        self.log_probs = at_least_float32(logits).log_softmax(-1)
+        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """(*, B, V), the probability of every word: the counts to be expected of one word."""
+        return self.log_probs.exp()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of every document in nats. ``value``: (*, B, V) counts. Returns (*, B)."""
+        return (value * self.log_probs).sum(-1)
+
+
 def kl_per_dimension(q: DiagNormal, p: DiagNormal) -> Tensor:
     r"""KL divergence of each coordinate in nats, :math:`\tfrac12 (v_p - v_q + e^{v_q - v_p} + (\mu_q - \mu_p)^2 e^{-v_p} - 1)`.
 

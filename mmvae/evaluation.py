@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mmvae.distributions import DiagNormal
 from mmvae.metrics import active_units, bits_per_dim, mutual_information, perplexity, psnr, ssim
-from mmvae.models.base import VAE
 from mmvae.models.image_vae import BINARIZATIONS
 from mmvae.models.unimodal import VAEModel
 from mmvae.noise import fold, keyed_normal, keyed_uniform
@@ -100,7 +99,7 @@ def evaluate_elbo(
         detailed: also the mutual information (of at most 10,000 rows), and for pictures PSNR and SSIM of the reconstructions.
 
     Returns:
-        ``neg_elbo_nats``, ``reconstruction_nats``, ``kl_nats`` per row, ``active_units``; for text ``tokens`` per row; of a joint model
+        ``neg_elbo_nats``, ``reconstruction_nats``, ``kl_nats`` per row, ``active_units``; for texts ``tokens`` per row; of a joint model
         ``reconstruction_nats_<modality>``, in which a row without it counts 0; of a model with classes, which is not told them here,
         ``accuracy`` of q(y|x) among the rows that have a label.
     """
@@ -133,14 +132,15 @@ def evaluate_elbo(
     return figures
 
 
-def _of_modality(model: VAE, inputs: Mapping[str, Tensor], detailed: bool) -> dict[str, Tensor]:
+def _of_modality(model: VAEModel, inputs: Mapping[str, Tensor], detailed: bool) -> dict[str, Tensor]:
     """What only text or only pictures have."""
-    target = model.target(**inputs)
-    if not target.is_floating_point():
-        return {"tokens": (target != -100).sum(1)}
-    if not detailed:
+    tokens = model.num_tokens(**inputs)
+    if tokens is not None:
+        return {"tokens": tokens}
+    original = model.target(**inputs)
+    if not detailed or original.dim() != 4:  # no pictures
         return {}
-    pixels, original = model.reconstruct(**inputs), target.float()
+    pixels, original = model.reconstruct(**inputs), original.float()
     return {"psnr_db": psnr(pixels, original), "ssim": ssim(pixels, original)}
 
 

@@ -49,6 +49,12 @@ print(decode_text(processor, model.reconstruct(**inputs, max_new_tokens=40, num_
 """,
 }
 
+_USAGE["topic_vae"] = """\
+print(model.topics(top_k=10))  # the words that tell every topic
+inputs = processor(["a document of the kind it was trained on"], return_tensors="pt")
+shares = model.document_topics(**inputs)  # of the topics in each document, (1, K)
+"""
+
 _BY_CLASS = """\
 made = model.generate(class_labels=[0, 0, 1])  # by the numbers of model.config.id2label
 names = [model.config.id2label[i] for i in model.classify(**inputs).argmax(1).tolist()]

@@ -4,6 +4,9 @@ Shapes: ``N`` rows or candidates, ``B`` queries, ``D`` latent.
 
 References:
     Burda et al. (2016), active units, https://arxiv.org/abs/1509.00519
+    Bouma (2009), normalized pointwise mutual information; Lau et al. (2014), of topics, https://aclanthology.org/E14-1056
+    Sievert, Shirley (2014), relevance of words to topics, https://aclanthology.org/W14-3110
+    Dieng et al. (2020), topic diversity, https://arxiv.org/abs/1907.04907
     Dieng et al. (2019) and Li et al. (2019), mutual information with the aggregated posterior, https://arxiv.org/abs/1909.00868
 """
 
@@ -240,3 +243,61 @@ def diversity(texts: Sequence[str], known: Iterable[str] | None = None, max_self
         return figures
     told = {" ".join(text.split()) for text in known}
     return figures | {"repeated": sum(" ".join(text) in told for text in words) / len(words)}
+
+
+def relevant_words(log_probs: Tensor, background: Tensor, top_k: int, relevance: float = 0.6) -> Tensor:
+    r"""The words that tell every topic, by :math:`\log p(v | k) - (1 - \lambda) \log p(v)`, the most relevant first.
+
+    Arguments:
+        log_probs: (K, V), log p(v | k).
+        background: (V,), log p(v), up to a constant.
+        top_k: how many, 1 to V.
+        relevance: lambda in [0, 1]: at 1 by p(v | k) alone, at 0 by how much more frequent than anywhere; readers did best with 0.6.
+
+    Returns:
+        (K, top_k) int64, numbers of words.
+
+    Raises:
+        ValueError: for a number outside its range.
+    """
+    if not 1 <= top_k <= log_probs.shape[1]:
+        raise ValueError(f"top_k: received {top_k}, expected 1 to {log_probs.shape[1]}, the words of the vocabulary")
+    if not 0 <= relevance <= 1:
+        raise ValueError(f"relevance: received {relevance}, expected 0 to 1")
+    return (log_probs - (1 - relevance) * background).topk(top_k).indices
+
+
+def topic_diversity(topics: Tensor) -> float:
+    """Share of different words among the top words of all topics.
+
+    Arguments:
+        topics: (K, k), numbers of the top words of each topic; k is 25 in Dieng et al.
+
+    Example:
+        >>> topic_diversity(torch.tensor([[0, 1], [1, 2]]))
+        0.75
+    """
+    return len(topics.unique()) / topics.numel()
+
+
+def npmi(together: Tensor, num_documents: int) -> Tensor:
+    r"""Coherence of topics: the mean over every two top words of their normalised pointwise mutual information,
+
+    .. math:: \log \frac{p_{ij}}{p_i p_j} \Big/ -\log p_{ij},
+
+    from -1, never in one document, over 0, independent, to 1, always together. It depends on the documents and the number of words: only
+    figures of the same can be compared.
+
+    Arguments:
+        together: (*, k, k), the number of documents that hold both words, on the diagonal those that hold the word; k >= 2.
+        num_documents: of all documents, empty ones too.
+
+    Returns:
+        (*,) float64.
+    """
+    first, second = torch.triu_indices(together.shape[-1], together.shape[-1], 1)
+    p = together.double() / num_documents
+    single, joint = p.diagonal(dim1=-2, dim2=-1), p[..., first, second]
+    information = (joint / (single[..., first] * single[..., second])).log() / -joint.log()
+    limits = torch.where(joint == 0, -1.0, 1.0).double()  # never together; both in every document
+    return torch.where((joint > 0) & (joint < 1), information, limits).mean(-1)

@@ -9,15 +9,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mmvae.data import Column, ImageColumn, TextColumn, as_modalities, find_column, texts_of
+from mmvae.data import Column, ImageColumn, TextColumn, WordCountColumn, as_modalities, find_column, texts_of
 from mmvae.experiment import image_processor, make_tokenizer
 from mmvae.joint_processing import MMVAEProcessor
 from mmvae.models.configuration import MMVAEConfig, VAEConfig
 from mmvae.models.image_vae import ImageVAEConfig
 from mmvae.models.text_vae import TextVAEConfig
+from mmvae.models.topic_vae import TopicVAEConfig
 from mmvae.options import by_name, parse_modalities
+from mmvae.vectorizer import TopicVAEVectorizer
 
-KINDS: dict[str, type[VAEConfig]] = {"image": ImageVAEConfig, "text": TextVAEConfig}
+KINDS: dict[str, type[VAEConfig]] = {"image": ImageVAEConfig, "text": TextVAEConfig, "topic": TopicVAEConfig}
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,30 @@ def new_modality(
 
     Arguments:
         kind: a key of ``KINDS``.
-        data: training rows; of a text column they train the tokenizer.
+        data: training rows; of a column of texts they train the tokenizer or give the vocabulary.
         column: of the data set.
         options: fields of the configuration.
         reading: of texts, ``max_length`` and ``truncate`` of :class:`mmvae.data.TextColumn`.
-        text: ``kind`` and ``vocab_size`` of :func:`mmvae.experiment.make_tokenizer`.
+        text: ``kind`` and ``vocab_size`` of :func:`mmvae.experiment.make_tokenizer`; of topics ``vocab_size`` alone.
         name: what the data set is called in errors.
     """
     if kind == "image":
         config = ImageVAEConfig(**options)
         pixels = ImageColumn(column, config.height_width, config.num_channels)
         return NewModality(config, image_processor(pixels), pixels)
-    tokenizer, ids = make_tokenizer(texts=texts_of(data, column, name, missing=True), **text)
+    texts = texts_of(data, column, name, missing=True)
+    if kind == "topic":
+        vectorizer = TopicVAEVectorizer.fit(texts, stop_words="english", max_features=text["vocab_size"])
+        config = TopicVAEConfig(**{**options, "vocabulary": vectorizer.vocabulary})
+        return NewModality(config, vectorizer, WordCountColumn(column, vectorizer))
+    tokenizer, ids = make_tokenizer(texts=texts, **text)
     config = TextVAEConfig(**{"tie_word_embeddings": True, **options, **ids})
     return NewModality(config, tokenizer, TextColumn(column, tokenizer, **reading))
+
+
+def _found(data: Any, kind: str, name: str | None = None) -> str:
+    """The column of a kind of modality: topics are those of texts."""
+    return find_column(data, "text" if kind == "topic" else kind, name)
 
 
 def new_modalities(
@@ -75,7 +87,7 @@ def new_modalities(
     """
     made: dict[str, NewModality] = {}
     for name, (kind, column) in kinds.items():
-        source = find_column(data, kind, column or (name if name in (data.column_names or ()) else None))
+        source = _found(data, kind, column or (name if name in (data.column_names or ()) else None))
         if source in {part.column.name for part in made.values()}:
             raise ValueError(f"modalities: column {source!r} is taken already, expected another one for {name!r}: {name}:{kind}:column")
         made[name] = new_modality(kind, data, source, fields.get(name, {}), **options)
@@ -145,7 +157,7 @@ def guess_modalities(data: Any) -> str:
     """
     for kind in KINDS:
         try:
-            find_column(data, kind)
+            _found(data, kind)
         except ValueError as error:
             cause = error
         else:
@@ -158,6 +170,8 @@ def read_column(config: VAEConfig, processor: Any, name: str, *, max_length: int
     config = getattr(config, "below", config)
     if isinstance(config, TextVAEConfig):
         return TextColumn(name, processor, max_length, truncate)
+    if isinstance(config, TopicVAEConfig):
+        return WordCountColumn(name, processor)
     pixels = {"background": tuple(processor.background), "resize": processor.resize_mode}
     return ImageColumn(name, config.height_width, config.num_channels, **pixels)
 
@@ -191,6 +205,6 @@ def read_columns(
     made = {}
     for name, vae in vaes.items():
         kind, source = found[name]
-        source = find_column(data, kind, source or (name if joint and name in (data.column_names or ()) else None))
+        source = _found(data, kind, source or (name if joint and name in (data.column_names or ()) else None))
         made[name] = read_column(vae.config, processor.parts[name] if joint else processor, source, **reading)
     return as_modalities(made) if joint else [*made.values()]

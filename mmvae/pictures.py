@@ -232,6 +232,34 @@ def confusions(counts: Tensor, names: Sequence[str], path: str | Path) -> Path:
     return _save(figure, path)
 
 
+def bars(panels: Mapping[str, Mapping[str, float]], path: str | Path, columns: int = 5) -> Path:
+    """Numbers as bars from above to below: one panel for each title, the words of topics for example.
+
+    Arguments:
+        panels: numbers by name, by title.
+        path: the PNG file; its folder is made.
+        columns: panels in a row.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no panels.
+    """
+    if not panels:
+        raise ValueError("panels: got none, expected at least one")
+    rows, most = -(-len(panels) // columns), max(map(len, panels.values()))
+    figure = Figure(figsize=(2.4 * columns, (0.5 + 0.16 * most) * rows), dpi=90, layout="constrained")
+    for number, (title, values) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        axes.barh(range(len(values)), list(values.values()))
+        axes.set_yticks(range(len(values)), [textwrap.shorten(name, 24).replace("$", r"\$") for name in values], fontsize=7)
+        axes.invert_yaxis()
+        axes.tick_params(axis="x", labelsize=6)
+        axes.set_title(title, fontsize=8)
+    return _save(figure, path)
+
+
 def curves(history: Sequence[Mapping[str, float]], path: str | Path) -> Path:
     """How a run went: one panel for each quantity, over optimizer steps.
 

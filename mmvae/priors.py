@@ -1,9 +1,11 @@
 r"""Priors over the latent. Each is a module whose ``forward`` gives a distribution that broadcasts over rows.
 
 References:
+    Srivastava, Sutton (2017), Autoencoding variational inference for topic models, eq. 3, https://arxiv.org/abs/1703.01488
     Tomczak, Welling (2018), VAE with a VampPrior, https://arxiv.org/abs/1705.07120
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -66,6 +68,26 @@ class LearnedNormal(Prior):
     def forward(self, encode: Encode, device: torch.device) -> Distribution:
         """A DiagNormal of batch ()."""
         return DiagNormal(self.loc, self.logvar, len(self.event_shape))
+
+
+class LaplaceDirichlet(Prior):
+    r""":math:`\theta = \mathrm{softmax}(z)` nearly Dirichlet: :math:`p(z) = \mathcal N(0, (1 - 1/K) / \alpha)`, its Laplace approximation.
+
+    Not in ``PRIORS``: only a model that takes the softmax of z has a use for it.
+
+    Arguments:
+        event_shape: (K,), K >= 2.
+        concentration: alpha of each of the K, above 0; the smaller, the fewer topics in a document.
+    """
+
+    def __init__(self, event_shape: Sequence[int], concentration: float):
+        super().__init__(event_shape)
+        self.variance = (1 - 1 / self.event_shape[0]) / concentration
+
+    def forward(self, encode: Encode, device: torch.device) -> Distribution:
+        """A DiagNormal of batch ()."""
+        zeros = torch.zeros(self.event_shape, device=device)
+        return DiagNormal(zeros, zeros + math.log(self.variance))
 
 
 class MixtureOfGaussians(Prior):

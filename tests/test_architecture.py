@@ -17,9 +17,10 @@ FLOORS = [
     {"likelihoods", "priors", "aggregation", "terms", "objectives", "metrics"},
     {"nn", "recurrent", "density", "densities", "pose", "angles"},
     {"models"},
-    {"data", "processing", "joint_processing", "pictures", "templates", "negatives"},
+    {"data", "processing", "joint_processing", "pictures", "templates", "negatives", "vectorizer"},
     {"tree", "checkpoint", "snapshot", "processes", "optimization", "loop", "training", "record", "hub", "phases", "options"}
-    | {"evaluation", "experiment", "density_fitting", "coherence", "classifiers", "baselines", "judge", "modalities", "sentences", "study"},
+    | {"evaluation", "experiment", "density_fitting", "coherence", "classifiers", "baselines", "judge", "modalities"}
+    | {"sentences", "study", "topics"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FILES = sorted((ROOT / "mmvae").rglob("*.py"))

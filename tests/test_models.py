@@ -12,6 +12,7 @@ import mmvae
 from mmvae.distributions import DiagNormal
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
 from mmvae.models.text_vae import TextVAE, TextVAEConfig
+from mmvae.models.topic_vae import TopicVAE, TopicVAEConfig
 from mmvae.models.unimodal import VAEModel
 from mmvae.noise import fold
 from mmvae.objectives import OBJECTIVES
@@ -19,6 +20,7 @@ from mmvae.priors import PRIORS
 
 IMAGE = {"image_size": 16, "num_channels": 1, "hidden_channels": [4, 8], "latent_dim": 3, "prior_components": 4}
 TEXT = {"vocab_size": 20, "embedding_size": 6, "hidden_size": 8, "latent_dim": 3, "prior_components": 4}
+TOPIC = {"vocabulary": [f"word{i}" for i in range(30)], "hidden_size": 30, "latent_dim": 3, "dropout": 0.0, "prior_components": 4}
 
 
 def pictures(rows: int) -> dict[str, torch.Tensor]:
@@ -32,6 +34,11 @@ def sentences(rows: int) -> dict[str, torch.Tensor]:
     ids[torch.arange(rows), lengths - 1] = 2
     mask = (torch.arange(9) < lengths.unsqueeze(1)).long()
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def documents(rows: int) -> dict[str, torch.Tensor]:
+    """Of about 15 words each; the first one has none."""
+    return {"word_counts": torch.poisson(torch.full((rows, 30), 0.5)) * (torch.arange(rows) > 0).unsqueeze(1)}
 
 
 MODELS = {
@@ -53,6 +60,8 @@ MODELS = {
         TextVAE(TextVAEConfig(**TEXT | {"tie_word_embeddings": True, "share_embeddings": True} | kw)),
         sentences,
     ),
+    "topic": lambda **kw: (TopicVAE(TopicVAEConfig(**TOPIC | kw)), documents),
+    "topic, mixture": lambda **kw: (TopicVAE(TopicVAEConfig(**TOPIC | {"mixing": "mixture"} | kw)), documents),
 }
 
 

@@ -9,6 +9,7 @@ from mmvae.data.masks import MaskColumn, on_random_colours
 from mmvae.data.partly_labelled import PartlyLabelled
 from mmvae.data.rows import BadRow, Rows, texts_of
 from mmvae.data.sprites import Sprites, parse_caption, sprites
+from mmvae.data.word_counts import WordCountColumn
 
 __all__ = [
     "Augmentation",
@@ -22,6 +23,7 @@ __all__ = [
     "Rows",
     "Sprites",
     "TextColumn",
+    "WordCountColumn",
     "as_modalities",
     "find_classes",
     "find_column",

@@ -40,7 +40,7 @@ class Ragged:
     Arguments:
         values: (total,) int32, all rows one after the other.
         starts: (N,) int64, where each row begins.
-        lengths: (N,) int64, at least 1.
+        lengths: (N,) int64.
     """
 
     values: Tensor
@@ -77,6 +77,7 @@ class Column(ABC):
     input_names: tuple[str, ...] = ()  # that ``collate`` gives
     shape: tuple[int, ...] | None = None  # of one prepared row; None where rows differ in length
     dtype: torch.dtype = torch.uint8
+    bucketed: bool = True  # where rows differ in length, those of like length are batched together
 
     @abstractmethod
     def prepare(self, values: Sequence[Any]) -> list[np.ndarray]:

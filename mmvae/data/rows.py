@@ -107,9 +107,10 @@ class Rows:
             )
         self.num_rows = len(self.numbers)
         self._memory = self._prepare_all(memory_limit)
-        ragged = [
-            packed.lengths * self._has(self.columns[n], self._present) for n, packed in self._memory.items() if isinstance(packed, Ragged)
-        ]
+        ragged = {self.columns[n]: packed.lengths for n, packed in self._memory.items() if isinstance(packed, Ragged)}
+        for column, lengths in ragged.items():
+            self._tell_empty(column, self._has(column, self._present) & (lengths == 0))
+        ragged = [lengths * self._has(column, self._present) for column, lengths in ragged.items() if column.bucketed]
         self.lengths = torch.stack(ragged).sum(0)[keep] if ragged else None
 
     def _modality_columns(self) -> list[str]:
@@ -225,6 +226,14 @@ class Rows:
             more = " of the first batch with longer rows" if self.streamed else ""
             text = "%s: %d of %d rows%s are cut in field %r, to max_length=%d tokens"
             logger.warning(text, self.name, cut, rows, more, column.name, column.max_length)
+
+    def _tell_empty(self, column: Column, empty: Tensor) -> None:
+        """Name the rows of which a column kept nothing: a document without a word of the vocabulary."""
+        rows = [_file_row(self._dataset, row) for row in empty.nonzero().flatten().tolist()]
+        if rows:
+            shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+            text = "%s: %d of %d rows have no word of the vocabulary in field %r, and stay: rows %s"
+            logger.warning(text, self.name, len(rows), len(empty), column.name, shown)
 
     def _prepare_all(self, memory_limit: int) -> dict[int, Tensor | Ragged]:
         memory: dict[int, Tensor | Ragged] = {}

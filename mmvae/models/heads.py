@@ -35,6 +35,7 @@ from mmvae.models.headed import HeadedVAE
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
 from mmvae.models.mmvae import MMVAE
 from mmvae.models.text_vae import TextVAE, TextVAEConfig
+from mmvae.models.topic_vae import TopicVAE, TopicVAEConfig
 from mmvae.noise import fold, keyed_uniform
 from mmvae.objectives import OBJECTIVES, Objective
 
@@ -216,6 +217,45 @@ class TextVAEForSequenceClassification(LatentClassifier):
         refuse_unknown(self, kwargs)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         return self.classify(inputs, labels, alpha, beta, num_samples, objective, noise_key, sample_posterior)
+
+
+class TopicVAEForSequenceClassification(LatentClassifier):
+    """A :class:`TopicVAE` with a head; see the module's docstring. No pipeline: those of texts want a tokenizer.
+
+    Example:
+        >>> model = TopicVAEForSequenceClassification(TopicVAEConfig(vocabulary=["goal", "game", "vote"], num_labels=2)).eval()
+        >>> model(torch.tensor([[1, 2, 0]])).logits.shape
+        torch.Size([1, 2])
+    """
+
+    config: TopicVAEConfig
+    config_class = TopicVAEConfig
+    vae_class = TopicVAE
+    base_model_prefix = "topic_vae"
+    main_input_name = "word_counts"
+    input_modalities = ("topic",)
+
+    @can_return_tuple
+    def forward(
+        self,
+        word_counts: Tensor,
+        labels: Tensor | None = None,
+        alpha: float | None = None,
+        beta: float = 1.0,
+        num_samples: int = 1,
+        objective: Objective | None = None,
+        noise_key: Tensor | None = None,
+        sample_posterior: bool | None = None,
+        **kwargs: Any,
+    ) -> ClassifierOutput:
+        """Logits, and with labels the loss; see :meth:`LatentClassifier.classify`.
+
+        Arguments:
+            word_counts: (B, V) of any dtype, >= 0.
+            kwargs: what transformers hands to every model and this one has no use for; any other name is a TypeError.
+        """
+        refuse_unknown(self, kwargs)
+        return self.classify({"word_counts": word_counts}, labels, alpha, beta, num_samples, objective, noise_key, sample_posterior)
 
 
 class MMVAEForClassification(LatentClassifier):

@@ -231,6 +231,10 @@ class TextVAE(TextGeneration, ClassVAE):
         input_ids, real = self._sentences(input_ids, attention_mask)
         return input_ids[:, 1:].masked_fill(~real[:, 1:], -100)
 
+    def num_tokens(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Tokens that are scored of every row, (B,)."""
+        return (self.target(input_ids, attention_mask) != -100).sum(1)
+
     def _token_log_prob(self, z: Tensor, target: Tensor) -> Tensor:
         """(*, B, T) nats, 0 where the target is -100."""
         target = target.expand(*z.shape[:-1], target.shape[-1])

@@ -35,6 +35,10 @@ class VAEModel(VAE):
         """The x that p(x|z) scores."""
         raise NotImplementedError
 
+    def num_tokens(self, **inputs: Tensor) -> Tensor | None:
+        """How many tokens or words p(x|z) scores of each row, (B,): what a perplexity is per; None where x has none."""
+        return None
+
     @property
     def pseudo_input_shape(self) -> tuple[int, ...]:
         """Shape of one pseudo-input of a VampPrior; () where the modality has none."""
