@@ -28,26 +28,29 @@ def coherence(topics: Tensor, documents: Any) -> Tensor:
     return npmi(together[place.unsqueeze(2), place.unsqueeze(1)], documents.shape[0])
 
 
-def topic_quality(topics: Tensor, documents: Any) -> dict[str, float]:
-    """What is reported of topics.
+def topic_quality(log_probs: Tensor, background: Tensor, documents: Any) -> dict[str, float]:
+    """What is reported of topics: of their most relevant words, as :class:`mmvae.TopicVAE` tells them, and of their likeliest ones.
 
     Arguments:
-        topics: (K, 25), numbers of the words that tell each, the most relevant first; fewer where the vocabulary is smaller.
+        log_probs: (K, V), log p(v | k).
+        background: (V,), log p(v) up to a constant.
         documents: (N, V), the training documents.
 
     Returns:
-        ``npmi``, the mean of :func:`coherence` of the first 10 words; ``topic_diversity`` of all, ``topic_diversity_10`` of the first 10.
+        ``npmi``, the mean of :func:`coherence` of 10 words a topic; ``topic_diversity`` of 25, or all of a smaller vocabulary, and
+        ``topic_diversity_10``; ``likeliest_<figure>``, the same of the words of largest p(v | k).
     """
-    first = topics[:, :10]
-    return {
-        "npmi": coherence(first, documents).mean().item(),
-        "topic_diversity": topic_diversity(topics),
-        "topic_diversity_10": topic_diversity(first),
-    }
+    figures = {}
+    for prefix, relevance in (("", 0.6), ("likeliest_", 1.0)):
+        topics = relevant_words(log_probs.cpu(), background.cpu(), min(25, log_probs.shape[1]), relevance)
+        figures[f"{prefix}npmi"] = coherence(topics[:, :10], documents).mean().item()
+        figures[f"{prefix}topic_diversity"] = topic_diversity(topics)
+        figures[f"{prefix}topic_diversity_10"] = topic_diversity(topics[:, :10])
+    return figures
 
 
-def lda_topics(documents: Any, num_topics: int, seed: int = 0) -> Tensor:
-    """log p(v | k) of scikit-learn's latent Dirichlet allocation with its own settings, (K, V) float64.
+def lda_quality(documents: Any, num_topics: int, seed: int = 0) -> dict[str, float]:
+    """``lda_<figure>`` of :func:`topic_quality` of scikit-learn's latent Dirichlet allocation, with its own settings, of the documents.
 
     References:
         Hoffman et al. (2010), Online learning for latent Dirichlet allocation, https://papers.nips.cc/paper/3902
@@ -55,17 +58,5 @@ def lda_topics(documents: Any, num_topics: int, seed: int = 0) -> Tensor:
     from sklearn.decomposition import LatentDirichletAllocation
 
     topics = torch.from_numpy(LatentDirichletAllocation(num_topics, random_state=seed).fit(documents).components_)
-    return (topics / topics.sum(1, keepdim=True)).log()
-
-
-def lda_quality(documents: Any, num_topics: int, seed: int = 0) -> dict[str, float]:
-    """:func:`topic_quality` of :func:`lda_topics`: ``lda_<figure>`` of its likeliest words, as scikit-learn gives them, and
-    ``lda_relevant_<figure>`` of its most relevant ones, as :class:`mmvae.TopicVAE` tells its own.
-    """
-    log_probs, top_k = lda_topics(documents, num_topics, seed), min(25, documents.shape[1])
-    background = torch.from_numpy(documents.sum(0).A1 / documents.sum()).log()
-    figures = {}
-    for name, relevance in (("lda", 1.0), ("lda_relevant", 0.6)):
-        quality = topic_quality(relevant_words(log_probs, background, top_k, relevance), documents)
-        figures |= {f"{name}_{figure}": value for figure, value in quality.items()}
-    return figures
+    log_probs, background = (topics / topics.sum(1, keepdim=True)).log(), torch.from_numpy(documents.sum(0).A1 / documents.sum()).log()
+    return {f"lda_{name}": value for name, value in topic_quality(log_probs, background, documents).items()}

@@ -1,4 +1,4 @@
-"""Train a classifier on the latent of a VAE, of pictures, texts, or several modalities of which rows may lack some.
+"""Train a classifier on the latent of a VAE, of pictures, texts, topics, or several modalities of which rows may lack some.
 
     accelerate launch recipes/classification.py                                         # shapes of the built-in sprites
     accelerate launch recipes/classification.py --config recipes/configs/classification_trec.yaml --dataset path/to/trec
@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
 
-from mmvae import ImageVAEForImageClassification, MMVAEForClassification, TextVAEForSequenceClassification
 from mmvae.data import Augmentation, ImageColumn, LabelColumn, Rows, find_classes, find_column, read_labels, shown_labels, splits
 from mmvae.evaluation import binarization, evaluate_elbo, model_inputs, predict
 from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
@@ -29,8 +28,6 @@ from mmvae.models.heads import LatentClassifier
 from mmvae.optimization import freeze_unreached, unwrap
 from mmvae.options import mapping
 from mmvae.pictures import confusions, table
-
-CLASSIFIERS = (ImageVAEForImageClassification, TextVAEForSequenceClassification, MMVAEForClassification)
 
 
 @dataclass
@@ -104,7 +101,7 @@ def build(args: ClassifierRun, made: ClassifierArguments, data: Any, classes: tu
         options = {"reading": reading, "text": {"kind": made.tokenizer, "vocab_size": made.vocab_size}, "name": args.dataset}
         config, processor, columns = from_scratch(data, made.modalities, made.vaes, made.mmvae, **options)
         config = overridden(config, {}, {}, **head)
-    kind = next(kind for kind in CLASSIFIERS if isinstance(config, kind.config_class))
+    kind = next(kind for kind in LatentClassifier.__subclasses__() if isinstance(config, kind.config_class))
     torch.manual_seed(args.seed)
     if not args.vae:
         return kind(config), processor, columns

@@ -5,7 +5,8 @@
 
 Start the same command again after a stop and it goes on where it was. The vocabulary is that of the training texts, by the options of
 scikit-learn's CountVectorizer; texts without a word of it are named and keep their row. NPMI is of the training texts, a text being one
-window, and of the 10 words that tell a topic; diversity of 25. recipes/classification.py --vae takes the folder. Results: see the config.
+window, and of the 10 words that tell a topic; diversity of 25 (mmvae/topics.py). recipes/classification.py --vae takes the folder.
+Results: see the config.
 """
 
 from dataclasses import dataclass, field
@@ -82,17 +83,16 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = TopicVAE(TopicVAEConfig(vocabulary=vectorizer.vocabulary, **{name: getattr(topic, name) for name in MODEL}))
-    top_k = min(25, len(vectorizer.vocabulary))
 
     def measure(accelerator: Any, model: TopicVAE, loader: Any, **options: Any) -> dict[str, float]:
         figures = evaluate_vae(accelerator, model, loader, num_samples=args.importance_samples, **options)
-        figures |= topic_quality(model.top_words(top_k).cpu(), documents)
+        figures |= topic_quality(model.topic_words(), model.background, documents)
         return figures | (lda_quality(documents, topic.latent_dim, args.seed) if topic.compare_lda else {})
 
     def draw(model: TopicVAE, figures: Path) -> dict[str, str]:
         texts = data["validation"][:8][column]
         shares = model.document_topics(**vectorizer(texts).to(model.device)).cpu()
-        top = model.top_words(min(10, top_k)).cpu()
+        top = model.top_words(min(10, len(vectorizer.vocabulary))).cpu()
         probabilities, told = model.topic_words().exp().cpu().gather(1, top), coherence(top, documents)
         words = [[vectorizer.vocabulary[word] for word in line] for line in top.tolist()]
         titles = [f"topic {number}, NPMI {value:.2f}" for number, value in enumerate(told.tolist())]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmvae.pictures import curves, grid, reconstructions, table, traversals
+from mmvae.pictures import bars, curves, grid, reconstructions, table, traversals
 
 
 def pixels_of(path) -> np.ndarray:
@@ -64,6 +64,16 @@ def test_traversals_name_their_units(tmp_path):
     assert not np.array_equal(with_names, other_names)
     with pytest.raises(ValueError, match="labels: got 2"):
         traversals(walks, ["z1", "z2"], tmp_path / "c.png")
+
+
+def test_bars_have_a_panel_for_each_title(tmp_path):
+    panel = {"a word that costs $5": 0.2, "another": 0.1}
+    one, six = (pixels_of(bars({f"topic {n}": panel for n in range(count)}, tmp_path / "a.png")) for count in (1, 6))
+    assert abs(six.shape[0] - 2 * one.shape[0]) <= 1 and six.shape[1] == one.shape[1]
+    longer = pixels_of(bars({"topic 0": panel | {"another": 0.2}}, tmp_path / "b.png"))
+    assert (longer != one).any()
+    with pytest.raises(ValueError, match="panels: got none"):
+        bars({}, tmp_path / "c.png")
 
 
 def test_curves_share_a_panel_between_training_and_evaluation(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmvae.distributions import DiagNormal
-from mmvae.priors import PRIORS
+from mmvae.priors import PRIORS, LaplaceDirichlet
 
 CPU = torch.device("cpu")
 
@@ -75,3 +75,15 @@ def test_reset_restores_the_distribution_of_first_values(name):
     prior.reset_parameters()
     assert all(parameter.isfinite().all() for parameter in prior.parameters())
     assert not prior.logits.any()
+
+
+@pytest.mark.parametrize(("topics", "concentration"), [(2, 1.0), (5, 0.3)])
+def test_the_dirichlet_prior_has_its_curvature_at_its_peak(topics, concentration):
+    def log_density(z: torch.Tensor) -> torch.Tensor:  # of softmax(z) ~ Dirichlet(alpha) in the softmax basis, up to a constant
+        return concentration * z.log_softmax(0).sum()
+
+    peak = torch.zeros(topics, dtype=torch.float64)
+    covariance = torch.linalg.pinv(-torch.autograd.functional.hessian(log_density, peak))
+    p = LaplaceDirichlet((topics,), concentration)(encode, CPU)
+    torch.testing.assert_close(p.variance.double(), covariance.diagonal())
+    assert not p.mean.any()

@@ -47,7 +47,7 @@ class TopicVAEConfig(VAEConfig):
         mixing: how topics make the words of a document: "product" or "mixture".
         hidden_size: width of the encoder's layers.
         encoder_layers: how many.
-        dropout: on the encoder's last layer and on the topics of a document, [0, 1).
+        dropout: on the encoder's last layer and, of a product, on the topics of a document, [0, 1).
     """
 
     model_type = "topic_vae"
@@ -98,11 +98,12 @@ class _BatchNorm(nn.BatchNorm1d):
 class _Topics(nn.Module):
     """Topics of documents, theta (N, K), to logits of their words (N, V)."""
 
-    def __init__(self, topics: int, words: int, mixing: str):
+    def __init__(self, topics: int, words: int, mixing: str, dropout: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(topics, words))
         self.background = nn.Parameter(torch.empty(words))
         self.norm = _BatchNorm(words) if mixing == "product" else None
+        self.dropout = nn.Dropout(dropout)
 
     def reset_parameters(self) -> None:
         """Topics at random, and no background."""
@@ -110,7 +111,7 @@ class _Topics(nn.Module):
 
     def forward(self, theta: Tensor) -> Tensor:
         if self.norm is not None:
-            return self.norm(theta @ self.weight) + self.background
+            return self.norm(self.dropout(theta) @ self.weight) + self.background  # a mixture of no topic would have no words
         weight = F.batch_norm(self.weight, None, None, training=True)  # over the topics
         return (theta @ (weight + self.background).softmax(-1)).log()
 
@@ -138,8 +139,7 @@ class TopicVAE(VAEModel):
         layers = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.Softplus())]
         self.encoder = nn.Sequential(*layers, nn.Dropout(config.dropout), nn.Linear(size, 2 * config.latent_dim))
         self.moments_norm = _BatchNorm(2 * config.latent_dim)
-        self.theta_dropout = nn.Dropout(config.dropout)
-        self.decoder = _Topics(config.latent_dim, words, config.mixing)
+        self.decoder = _Topics(config.latent_dim, words, config.mixing, config.dropout)
         self.latent_prior = self.build_prior()
         self.post_init()
 
@@ -173,7 +173,7 @@ class TopicVAE(VAEModel):
         """p(x|z), batch (*, B), event (V,), from z (*, B, K)."""
         self.check_latents(z)
         flat, leading = fold_leading(z.softmax(-1), 1)
-        return BagOfWords(self.decoder(self.theta_dropout(flat).to(self.dtype)).reshape(*leading, -1))
+        return BagOfWords(self.decoder(flat.to(self.dtype)).reshape(*leading, -1))
 
     def target(self, word_counts: Tensor) -> Tensor:
         """What is scored: the counts, (B, V) float32."""
@@ -204,9 +204,14 @@ class TopicVAE(VAEModel):
         decoder.train(training)
         return words
 
+    @property
+    def background(self) -> Tensor:
+        """b: log p(v) of any document up to a constant, (V,)."""
+        return self.decoder.background.detach().float()
+
     def top_words(self, top_k: int = 10, relevance: float = 0.6) -> Tensor:
         """Numbers of the words that tell every topic, (K, top_k) int64; see :func:`mmvae.metrics.relevant_words`."""
-        return relevant_words(self.topic_words(), self.decoder.background.detach().float(), top_k, relevance)
+        return relevant_words(self.topic_words(), self.background, top_k, relevance)
 
     def topics(self, top_k: int = 10, relevance: float = 0.6) -> list[list[str]]:
         """The words that tell every topic, the most relevant first; see :meth:`top_words`."""
