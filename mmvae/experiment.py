@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from mmvae.charts import curves
 from mmvae.data import ImageColumn, Loader, Rows
 from mmvae.density_fitting import fit_densities
 from mmvae.evaluation import Transform, evaluate_elbo, evaluate_vae, model_inputs
@@ -27,7 +28,6 @@ from mmvae.noise import fold
 from mmvae.optimization import EMA, unwrap, update
 from mmvae.options import RunArguments, parse
 from mmvae.phases import begin, build_phases, part_of, phase_at
-from mmvae.pictures import curves
 from mmvae.processing import ImageVAEImageProcessor, load_tokenizer, train_tokenizer
 from mmvae.record import public, without_place
 from mmvae.training import Result, fit, load_weights

@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from mmvae import ImageVAE, ImageVAEForImageClassification, TextVAEForSequenceClassification
+from mmvae.charts import against
 from mmvae.data import Augmentation, Column, ImageColumn, Loader, PartlyLabelled, Rows
 from mmvae.evaluation import binarization, model_inputs, predict
 from mmvae.experiment import RunArguments, parse, start
@@ -31,7 +32,7 @@ from mmvae.hub import write_metrics
 from mmvae.modalities import overridden
 from mmvae.models.classes import ClassVAE
 from mmvae.options import mapping
-from mmvae.pictures import against, grid, table
+from mmvae.pictures import grid, table
 from mmvae.processing import decode_text
 from mmvae.study import LabelledData, accuracy, mean_and_deviation, one_modality, paired_p, train_classifier, train_once
 

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
 
+from mmvae.charts import confusions
 from mmvae.data import Augmentation, ImageColumn, LabelColumn, Rows, find_classes, find_column, read_labels, shown_labels, splits
 from mmvae.evaluation import binarization, evaluate_elbo, model_inputs, predict
 from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
@@ -27,7 +28,7 @@ from mmvae.modalities import from_scratch, overridden, read_columns
 from mmvae.models.heads import LatentClassifier
 from mmvae.optimization import freeze_unreached, unwrap
 from mmvae.options import mapping
-from mmvae.pictures import confusions, table
+from mmvae.pictures import table
 
 
 @dataclass

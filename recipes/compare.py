@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoProcessor
 
 from mmvae import ImageVAEForImageClassification, TextVAEForSequenceClassification
+from mmvae.charts import against
 from mmvae.data import Augmentation, Column, ImageColumn, Loader, PartlyLabelled, read_labels
 from mmvae.evaluation import binarization, predict
 from mmvae.experiment import RunArguments, parse, start
@@ -36,7 +37,7 @@ from mmvae.hub import write_metrics
 from mmvae.modalities import overridden, read_columns
 from mmvae.models.heads import ClassifierOutput, LatentClassifier
 from mmvae.options import mapping
-from mmvae.pictures import against, table
+from mmvae.pictures import table
 from mmvae.study import LabelledData, mean_and_deviation, one_modality, train_classifier, train_once
 
 CLASSIFIERS = {kind.config_class: kind for kind in (ImageVAEForImageClassification, TextVAEForSequenceClassification)}

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from mmvae import TopicVAE, TopicVAEConfig, TopicVAEVectorizer
+from mmvae.charts import bars
 from mmvae.data import Rows, WordCountColumn, find_column, splits, texts_of
 from mmvae.evaluation import evaluate_vae
 from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
 from mmvae.options import mapping
-from mmvae.pictures import bars, table
+from mmvae.pictures import table
 from mmvae.topics import coherence, lda_quality, topic_quality
 
 MODEL = ("latent_dim", "prior", "concentration", "mixing", "hidden_size", "encoder_layers", "dropout")

@@ -17,7 +17,7 @@ FLOORS = [
     {"likelihoods", "priors", "aggregation", "terms", "objectives", "metrics"},
     {"nn", "recurrent", "density", "densities", "pose", "angles"},
     {"models"},
-    {"data", "processing", "joint_processing", "pictures", "templates", "negatives", "vectorizer"},
+    {"data", "processing", "joint_processing", "charts", "pictures", "templates", "negatives", "vectorizer"},
     {"tree", "checkpoint", "snapshot", "processes", "optimization", "loop", "training", "record", "hub", "phases", "options"}
     | {"evaluation", "experiment", "density_fitting", "coherence", "classifiers", "baselines", "judge", "modalities"}
     | {"sentences", "study", "topics"},

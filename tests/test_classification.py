@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 from mmvae import ImageVAE, ImageVAEConfig, ImageVAEImageProcessor, MMVAEForClassification, TextVAEConfig, TextVAEForSequenceClassification
+from mmvae.charts import confusions
 from mmvae.data import BadRow, LabelColumn, find_classes, load_rows, read_labels, shown_labels
 from mmvae.metrics import classification, confusion, per_class
 from mmvae.optimization import freeze_unreached
-from mmvae.pictures import confusions
 from mmvae.processing import train_tokenizer
 
 TINY = ["--batch_size", "8", "--num_epochs", "2", "--warmup_steps", "2", "--log_every", "1", "--save_every", "2", "--mixed_precision", "no"]

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmvae.pictures import bars, curves, grid, reconstructions, table, traversals
+from mmvae.charts import bars, curves
+from mmvae.pictures import grid, reconstructions, table, traversals
 
 
 def pixels_of(path) -> np.ndarray:
