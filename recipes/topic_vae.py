@@ -1,6 +1,6 @@
 """Train a topic model on the texts of any data set, and see its topics beside those of scikit-learn's LDA.
 
-    accelerate launch recipes/topic_vae.py                                              # built-in captions, half a minute
+    accelerate launch recipes/topic_vae.py                                              # built-in captions, about a minute
     accelerate launch recipes/topic_vae.py --config recipes/configs/topic_vae_bbc.yaml --dataset path/to/bbc_news --compare_lda true
 
 Start the same command again after a stop and it goes on where it was. The vocabulary is that of the training texts, by the options of
@@ -53,7 +53,7 @@ class TopicArguments:
 
 @dataclass
 class TopicRun(RunArguments):
-    """Defaults that train on the built-in captions in half a minute."""
+    """Defaults that train on the built-in captions in about a minute."""
 
     output_dir: str = "outputs/topic_vae"
     batch_size: int = 64
