@@ -31,6 +31,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mmvae.folder import FolderError, clear_temporary, read_manifest, seal, sha256, sync, umask, write_text
 from mmvae.tree import compare, join, split
 
 __all__ = ["CheckpointError", "compare", "find", "load", "newest", "save", "verify"]
@@ -88,15 +89,15 @@ def save(
     try:
         if not root.exists():
             root.mkdir(parents=True)
-            _sync(root.parent)
+            sync(root.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         files = _write_state(temporary, state)
-        _write_text(temporary / "manifest.json", _dump(_manifest(step, files, dict(info or {}))))
-        _sync(temporary)
+        write_text(temporary / "manifest.json", seal(_manifest(step, files, dict(info or {}))))
+        sync(temporary)
         target = _free_name(root, step)
         temporary.rename(target)
-        _sync(root)
+        sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         size = sum(tensor.nbytes for entry in state.values() for tensor in split(entry)[1].values())
@@ -124,12 +125,12 @@ def _write_state(folder: Path, state: Mapping[str, Any]) -> dict[str, dict[str, 
         if tensors:
             path = folder / f"{name}.safetensors"
             save_file(tensors, path, metadata={"format": "pt"})
-            path.chmod(0o666 & ~_umask())  # safetensors writes 0600 whatever the umask is
-            _sync(path)
+            path.chmod(0o666 & ~umask())  # safetensors writes 0600 whatever the umask is
+            sync(path)
             written.append(path)
     written.append(folder / "state.json")
-    _write_text(written[-1], json.dumps(outline, allow_nan=False))
-    return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in written}
+    write_text(written[-1], json.dumps(outline, allow_nan=False))
+    return {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in written}
 
 
 def _manifest(step: int, files: dict[str, dict[str, Any]], info: dict[str, Any]) -> dict[str, Any]:
@@ -170,20 +171,7 @@ def _rotate(root: Path, written: Path, keep: int, best: int | None) -> None:
             doomed = root / f".tmp-old{folder.name}-{os.getpid()}"
             folder.rename(doomed)
             shutil.rmtree(doomed)
-    for folder in root.glob(".tmp-*"):
-        owner = folder.name.rpartition("-")[2]
-        if owner.isdigit() and not _alive(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    clear_temporary(root)
 
 
 # ---- reading
@@ -206,7 +194,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
     for name, expected in manifest["files"].items():
         path = folder / name
         try:
-            size, digest = path.stat().st_size, _sha256(path)
+            size, digest = path.stat().st_size, sha256(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: the file is missing") from None
         except OSError as error:
@@ -298,47 +286,9 @@ def _looks_complete(folder: Path) -> bool:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
+    if not path.exists():
+        raise CheckpointError(f"{path}: the file is missing, so the checkpoint was never finished")
     try:
-        text = path.read_bytes().decode("utf-8")
-        manifest = json.loads(text)
-        untouched = isinstance(manifest, dict) and text == _dump({k: v for k, v in manifest.items() if k != "manifest_sha256"})
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: the file is missing, so the checkpoint was never finished") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not untouched:
-        raise CheckpointError(f"{path}: the content is damaged (its sha256 is not the one inside it)")
-    if manifest["format"] != _FORMAT:
-        raise CheckpointError(f"{path}: format {manifest['format']}, expected {_FORMAT}: written by another version of mmvae")
-    return manifest
-
-
-def _dump(manifest: dict[str, Any]) -> str:
-    """The text of a manifest; it ends with the sha256 of the rest, so that damage to the manifest itself is seen too."""
-    text = json.dumps(manifest, indent=1, allow_nan=False)
-    return json.dumps(manifest | {"manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        return read_manifest(path, _FORMAT)
+    except FolderError as error:
+        raise CheckpointError(str(error)) from error

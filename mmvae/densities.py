@@ -13,6 +13,7 @@ References:
 
 import difflib
 import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmvae.density import Density, TooFewRows, Values, check_integer
+from mmvae.density import Density, TooFewRows, Values, check_integer, check_size
 
 
 class GaussianMixtureDensity(Density):
@@ -43,6 +44,7 @@ class GaussianMixtureDensity(Density):
         check_integer("num_components", num_components, 1)
         if covariance not in ("full", "diagonal"):
             raise ValueError(f"covariance: received {covariance!r}, expected 'full' or 'diagonal'")
+        check_size("num_components", num_components, num_components * dim * dim)
         self.num_components, self.covariance = num_components, covariance
         self.register_buffer("log_weights", torch.full((num_components,), -math.log(num_components), device="cpu"))
         self.register_buffer("means", torch.zeros(num_components, dim, device="cpu"))
@@ -113,8 +115,12 @@ class FlowDensity(Density):
     def __init__(self, dim: int, context_dim: int = 0, transforms: int = 2, hidden_sizes: Sequence[int] = (128, 128), bins: int = 8):
         super().__init__(dim, context_dim)
         check_integer("transforms", transforms, 1), check_integer("bins", bins, 0)
+        if not isinstance(hidden_sizes, Sequence) or isinstance(hidden_sizes, str):
+            raise ValueError(f"hidden_sizes: received {hidden_sizes!r:.80}, expected integers of at least {dim}")
         for size in hidden_sizes:
             check_integer("hidden_sizes", size, dim)
+        widths = (dim + context_dim, *hidden_sizes, dim * max(3 * bins - 1, 2))
+        check_size("hidden_sizes", hidden_sizes, transforms * sum(a * b for a, b in itertools.pairwise(widths)))
         self.options = (transforms, tuple(hidden_sizes), bins)
         self.transform = self._build()
 

@@ -24,6 +24,7 @@ Values = tuple[Tensor, Tensor | None]
 
 _HELD_OUT = (0.1, 2000)
 _CHUNK = 4096
+_MOST_NUMBERS = 2**28
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
@@ -34,6 +35,16 @@ def check_integer(name: str, value: Any, least: int) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: received {value!r}, expected an integer of at least {least}")
+
+
+def check_size(name: str, value: Any, number: int) -> None:
+    """Refuse options that would make a density of more than 2^28 numbers, a GiB.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if number > _MOST_NUMBERS:
+        raise ValueError(f"{name}: received {value!r}, which makes {number:,} numbers, expected at most {_MOST_NUMBERS:,}")
 
 
 class TooFewRows(ValueError):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"distributions", "schedules", "noise"},
     {"likelihoods", "priors", "aggregation", "terms", "objectives", "metrics"},
-    {"nn", "recurrent", "density", "densities", "pose", "angles"},
+    {"nn", "recurrent", "density", "densities", "pose", "angles", "folder"},
     {"models"},
     {"data", "processing", "joint_processing", "charts", "pictures", "templates", "negatives", "vectorizer"},
     {"tree", "checkpoint", "snapshot", "processes", "optimization", "loop", "training", "record", "hub", "phases", "options"}
@@ -108,10 +108,11 @@ def test_models_know_their_place():
         siblings = {there[1] for there in inner_imports(path) if len(there) == 2 and there[0] == "models"} - {path.stem}
         assert not siblings & {"heads", "segmentation"} or path.stem == "__init__", show(path)
         if path.stem not in ("heads", "segmentation", "__init__"):
-            lower = {"base", "unimodal"} if path.stem not in ("base", "configuration") else set()
+            lower = {"base", "unimodal"} if path.stem not in ("base", "configuration", "pretrained") else set()
             of_classes = ("image_vae", "text_vae", "text_generation", "stacked")
             modality = {"classes"} if path.stem in of_classes else set()
-            parts = {"mmvae": {"joint_generation"}, "image_vae": {"tiling"}, "text_vae": {"text_generation"}}
+            parts = {"base": {"pretrained"}, "headed": {"pretrained"}, "configuration": {"inherited"}}
+            parts |= {"mmvae": {"joint_generation"}, "image_vae": {"tiling"}, "text_vae": {"text_generation"}}
             lower |= modality | parts.get(path.stem, set())
             assert siblings <= {"configuration"} | lower, show(path)
 

@@ -346,6 +346,7 @@ def test_a_changed_child_is_named_when_it_is_loaded(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["modalities"]["text"]["hidden_size"] = "many"
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "manifest.json").unlink()
     with pytest.raises(Exception, match=r"modalities\['text'\].*hidden_size"):
         MMVAE.from_pretrained(tmp_path)
 

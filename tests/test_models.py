@@ -210,7 +210,8 @@ def test_whatever_a_checkpoint_lacks_is_initialised_as_in_a_new_model(name, prio
     state = load_file(tmp_path / "model.safetensors")
     kept = next(iter(state))
     save_file({kept: state[kept]}, tmp_path / "model.safetensors", {"format": "pt"})
-    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    (tmp_path / "manifest.json").unlink()
+    again, info = type(model).from_pretrained(tmp_path, ignore_mismatched_sizes=True, output_loading_info=True)
     assert len(info["missing_keys"]) >= len(state) - 1
     torch.testing.assert_close(again.state_dict()[kept], state[kept])
     for key, tensor in again.state_dict().items():

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mmvae.aggregation import Posterior
@@ -20,6 +19,7 @@ from mmvae.densities import build_density
 from mmvae.density import Density
 from mmvae.likelihoods import Scale
 from mmvae.models.configuration import VAEConfig
+from mmvae.models.pretrained import VerifiedModel
 from mmvae.nn import ScaledMean
 from mmvae.noise import fold, keyed_normal
 from mmvae.objectives import Objective, elbo, log_weights
@@ -94,7 +94,7 @@ def _weighted(weights: Tensor, value: Tensor) -> Tensor:
     return torch.where(weights > 0, weights * value, 0.0).sum(1)
 
 
-class VAE(PreTrainedModel):
+class VAE(VerifiedModel):
     """A variational autoencoder over one modality or many: what is the same for all of them.
 
     A subclass gives ``posterior``, ``log_px`` and ``prior``, and ``terms`` where it draws more than z; ``forward`` is spelled out by

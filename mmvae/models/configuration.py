@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -15,28 +16,19 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from mmvae.aggregation import AGGREGATIONS, Posterior
+from mmvae.folder import read_json
+from mmvae.models.inherited import check_inherited, refuse_from_files
 from mmvae.objectives import OBJECTIVES
 from mmvae.priors import PRIORS
 
+_MOST_MODALITIES = 64
+
 # Names that transformers itself hands to a config beside its fields.
 _FOREIGN = {
-    "_attn_implementation_internal",
-    "_commit_hash",
-    "_experts_implementation_internal",
-    "_name_or_path",
-    "attn_implementation",
-    "auto_map",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "per_layer_config",
-    "quantization_config",
-    "tie_word_embeddings",
-    "torch_dtype",
-    "use_cache",
-}
+    "_attn_implementation_internal", "_commit_hash", "_experts_implementation_internal", "_name_or_path", "attn_implementation",
+    "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "per_layer_config",
+    "quantization_config", "tie_word_embeddings", "torch_dtype", "use_cache",
+}  # fmt: skip
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -110,7 +102,22 @@ class VAEConfig(PreTrainedConfig):
             raise ValueError(
                 f"{type(self).__name__}: unknown field {name!r} = {kwargs[name]!r}; the nearest one is {nearest(name, known)!r}"
             )
+        check_inherited(type(self).__name__, {"dtype": self.dtype, "id2label": self.id2label} | kwargs)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A configuration from what a file holds; see ``PreTrainedConfig.from_dict``.
+
+        Raises:
+            ValueError: naming a field, unknown, out of its range, or one that would make transformers download or quantize something.
+        """
+        refuse_from_files(cls.__name__, config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        return read_json(Path(json_file))
 
     def validate_architecture(self) -> None:
         """Check every field against ``ranges`` and ``choices`` before any module is built.
@@ -190,6 +197,8 @@ class MMVAEConfig(VAEConfig):
     }
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if len(self.modalities) > _MOST_MODALITIES:
+            raise ValueError(f"MMVAEConfig.modalities: received {len(self.modalities)}, expected at most {_MOST_MODALITIES}")
         self.modalities = {name: _child(name, child) for name, child in self.modalities.items()}
         if self.latent_dim is None and self.modalities:
             dims = {name: child.latent_dim for name, child in self.modalities.items()}
@@ -265,6 +274,7 @@ def _child(name: str, child: Any) -> PreTrainedConfig:
         raise ValueError(f"MMVAEConfig.modalities[{name!r}]: received {child!r}, expected a configuration, or its fields with a model_type")
     try:
         if isinstance(child, Mapping) and kind != MMVAEConfig.model_type:
+            refuse_from_files("its configuration", child)
             child = AutoConfig.for_model(**child)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"MMVAEConfig.modalities[{name!r}]: {error}") from error

@@ -70,7 +70,6 @@ class LatentClassifier(HeadedVAE):
     """A VAE, ``base_model``, with a ``head`` that gives the class of a row; see the module's docstring. One subclass per kind of VAE."""
 
     vae_class: ClassVar[type[VAE]]
-    head_name = "head"
 
     def __init__(self, config: VAEConfig):
         super().__init__(config)

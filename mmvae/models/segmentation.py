@@ -72,7 +72,6 @@ class ImageVAEForSemanticSegmentation(HeadedVAE):
     base_model_prefix = "image_vae"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    head_name = "mask_head"
     _no_split_modules: ClassVar[list[str]] = ["ResidualBlock"]
 
     def __init__(self, config: ImageVAEConfig):
