@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from mmvae.charts import curves
-from mmvae.data import ImageColumn, Loader, Rows
+from mmvae.data import BadRow, ImageColumn, Loader, Rows
 from mmvae.density_fitting import fit_densities
 from mmvae.evaluation import Transform, evaluate_elbo, evaluate_vae, model_inputs
 from mmvae.hub import push, write_card, write_metrics
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 # Options that may differ when a run goes on: they change where and how it runs, not what it computes.
 _FREE = {
     "accumulation", "compile", "eval_every", "hub_model_id", "hub_private", "hub_token", "importance_samples", "keep", "log_every",
-    "num_workers", "output_dir", "push_to_hub", "resume", "save_every", "streaming", "tracker",
+    "most_bad_rows", "num_workers", "output_dir", "push_to_hub", "resume", "save_every", "streaming", "tracker",
 }  # fmt: skip
 _PLACES = ("dataset", "output_dir", "vae")  # may be paths of this machine; the data set's name is told by itself
 
@@ -87,7 +87,21 @@ def track(accelerator: Accelerator, shown: Mapping[str, Tensor | str], step: int
 
 
 def make_loaders(accelerator: Accelerator, args: RunArguments, rows: Mapping[str, Rows]) -> dict[str, Loader]:
-    """Batches of every split for this process; those of "train" in an order that the seed gives."""
+    """Batches of every split for this process; those of "train" in an order that the seed gives.
+
+    Bad rows that were left out are listed in ``bad_rows.txt`` of the output folder.
+
+    Raises:
+        BadRow: there are more of them in a split than ``most_bad_rows`` allows.
+    """
+    for split, part in rows.items() if args.on_bad_row == "skip" else ():
+        if part.bad and accelerator.is_main_process:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            with Path(args.output_dir, "bad_rows.txt").open("w" if split == next(iter(rows)) else "a", encoding="utf-8") as file:
+                file.writelines(f"{split}: {told}\n" for _, told in sorted(part.bad.items()))
+        if part.num_rows and len(part.bad) > args.most_bad_rows * (part.num_rows + len(part.bad)):
+            expected = f"expected at most {args.most_bad_rows:.1%} (most_bad_rows); the first: {next(iter(part.bad.values()))}"
+            raise BadRow(f"{args.dataset}, {split}: got {len(part.bad)} bad rows beside {part.num_rows} good ones, {expected}")
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "num_workers": args.num_workers}
     return {split: Loader(part, args.batch_size, shuffle=split == "train", seed=args.seed, **place) for split, part in rows.items()}
 

@@ -40,6 +40,7 @@ def new_modality(
     reading: Mapping[str, Any],
     text: Mapping[str, Any],
     name: str = "data",
+    on_bad_row: str = "error",
 ) -> NewModality:
     """A modality from scratch.
 
@@ -51,12 +52,13 @@ def new_modality(
         reading: of texts, ``max_length`` and ``truncate`` of :class:`mmvae.data.TextColumn`.
         text: ``kind`` and ``vocab_size`` of :func:`mmvae.experiment.make_tokenizer`; of topics ``vocab_size`` alone.
         name: what the data set is called in errors.
+        on_bad_row: "skip" trains no tokenizer on bad rows.
     """
     if kind == "image":
         config = ImageVAEConfig(**options)
         pixels = ImageColumn(column, config.height_width, config.num_channels)
         return NewModality(config, image_processor(pixels), pixels)
-    texts = texts_of(data, column, name, missing=True)
+    texts = texts_of(data, column, name, missing=True, on_bad_row=on_bad_row)
     if kind == "topic":
         vectorizer = TopicVAEVectorizer.fit(texts, stop_words="english", max_features=text["vocab_size"])
         config = TopicVAEConfig(**{**options, "vocabulary": vectorizer.vocabulary})
@@ -80,7 +82,7 @@ def new_modalities(
         data: training rows.
         kinds: kind and column by name, of :func:`mmvae.options.parse_modalities`; the column is guessed where it is None.
         fields: of the configurations, by name.
-        options: ``reading``, ``text`` and ``name`` of :func:`new_modality`.
+        options: ``reading``, ``text``, ``name`` and ``on_bad_row`` of :func:`new_modality`.
 
     Raises:
         ValueError: a column that is not there, or that two modalities would have.
@@ -111,7 +113,7 @@ def from_scratch(
         modalities: ``name:kind:column``, separated by commas; the column is guessed where it is left out, all of it when None.
         vaes: fields of the configuration of each modality, by its name or kind.
         mmvae: of several modalities, fields of :class:`mmvae.MMVAEConfig`.
-        options: ``reading``, ``text`` and ``name`` of :func:`new_modality`.
+        options: ``reading``, ``text``, ``name`` and ``on_bad_row`` of :func:`new_modality`.
 
     Returns:
         The configuration, what reads for the model, and a column for each modality.

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import yaml
 from transformers import HfArgumentParser, SchedulerType
 
+from mmvae.data.rows import ON_BAD_ROW
 from mmvae.hub import check_repo_id
 from mmvae.objectives import OBJECTIVES
 from mmvae.phases import build_phases
@@ -29,6 +30,8 @@ class RunArguments:
     streaming: bool = field(default=False, metadata={"help": "read rows as they are needed: sets larger than memory or disk"})
     max_length: int = field(default=512, metadata={"help": "most tokens in a row, BOS and EOS included"})
     truncate: bool = field(default=False, metadata={"help": "cut longer rows instead of refusing them"})
+    on_bad_row: str = field(default="skip_empty", metadata={"help": "error, skip_empty: leave out rows without any modality, or skip"})
+    most_bad_rows: float = field(default=0.01, metadata={"help": "share of bad rows beyond which a run with --on_bad_row skip stops"})
     num_workers: int = field(default=0, metadata={"help": "processes that decode pictures which do not fit in memory"})
     seed: int = 0
     batch_size: int = field(default=128, metadata={"help": "rows of one optimizer step over all processes and accumulation steps"})
@@ -88,6 +91,10 @@ class RunArguments:
             value, least = getattr(self, name), 0 if name == "importance_samples" else 1
             if value is not None and value < least:
                 raise ValueError(f"{name}: received {value}, expected at least {least}")
+        if self.on_bad_row not in ON_BAD_ROW:
+            raise ValueError(f"on_bad_row: received {self.on_bad_row!r}, expected one of {', '.join(ON_BAD_ROW)}")
+        if not 0 <= self.most_bad_rows <= 1:
+            raise ValueError(f"most_bad_rows: received {self.most_bad_rows}, expected a share in [0, 1]")
         if self.push_to_hub and self.hub_model_id is None:
             self.hub_model_id = Path(self.output_dir).name
         if self.hub_model_id is not None:

@@ -100,6 +100,7 @@ def build(args: ClassifierRun, made: ClassifierArguments, data: Any, classes: tu
         config = overridden(config, made.vaes, made.mmvae, **head)
     else:
         options = {"reading": reading, "text": {"kind": made.tokenizer, "vocab_size": made.vocab_size}, "name": args.dataset}
+        options["on_bad_row"] = args.on_bad_row
         config, processor, columns = from_scratch(data, made.modalities, made.vaes, made.mmvae, **options)
         config = overridden(config, {}, {}, **head)
     kind = next(kind for kind in LatentClassifier.__subclasses__() if isinstance(config, kind.config_class))
@@ -114,7 +115,7 @@ def main() -> None:
     """Load, train, evaluate, write the model folder."""
     args, made = parse(ClassifierRun, ClassifierArguments)
     accelerator = start(args)
-    data = splits(args.dataset)
+    data = splits(args.dataset, on_bad_row=args.on_bad_row)
     label = find_column(data["train"], "label", args.label)
     told = LabelColumn(label, find_classes(data["train"], label), missing=args.joint)
     labels = {split: read_labels(part, told, args.dataset, every_class=split == "train") for split, part in data.items()}
@@ -126,7 +127,7 @@ def main() -> None:
     model, processor, columns = build(args, made, data["train"], told.classes)
     changed = [replace(column, augmentation=made.augmentation) if isinstance(column, ImageColumn) else column for column in columns]
     read = {split: [*(changed if split == "train" else columns), told] for split in data}
-    rows = {split: Rows(part, read[split], name=args.dataset, on_empty="skip") for split, part in data.items()}
+    rows = {split: Rows(part, read[split], name=args.dataset, on_bad_row=args.on_bad_row) for split, part in data.items()}
     loaders = make_loaders(accelerator, args, rows)
     model.freeze(args.head_only)
     if not args.joint:

@@ -48,6 +48,7 @@ class EvaluationArguments:
     max_rows: int | None = field(default=None, metadata={"help": "evaluate the first rows only; the result says so"})
     max_length: int = 512
     truncate: bool = False
+    on_bad_row: str = field(default="skip_empty", metadata={"help": "error, skip_empty: leave out rows without any modality, or skip"})
     batch_size: int = 100
     importance_samples: int = field(default=100, metadata={"help": "per row, for the log-likelihood; 0 leaves it out"})
     conditional_samples: int = field(default=0, metadata={"help": "the same of one modality given the others, of a joint model"})
@@ -70,7 +71,11 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     model = AutoModel.from_pretrained(name, dtype="float32").to(accelerator.device)
     processor = AutoProcessor.from_pretrained(name)
     # a set without a validation split gives one up from its training rows, and the recipes evaluate that one
-    data = splits(args.dataset)["validation"] if args.split == "validation" else load_rows(args.dataset, args.split)
+    data = (
+        splits(args.dataset)["validation"]
+        if args.split == "validation"
+        else load_rows(args.dataset, args.split, on_bad_row=args.on_bad_row)
+    )
     data = data if args.max_rows is None else data.select(range(min(args.max_rows, len(data))))
     joint, transform = isinstance(model, MMVAE), None
     if args.label:
@@ -79,7 +84,7 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     columns = read_columns(model, processor, data, args.modalities, args.column, **reading)
     if isinstance(columns[0], ImageColumn) and not joint:
         transform = binarization(model.config.binarize)
-    rows = Rows(data, columns, name=args.dataset, on_empty="skip" if joint else "error")
+    rows = Rows(data, columns, name=args.dataset, on_bad_row=args.on_bad_row)
     loader = Loader(rows, args.batch_size, shuffle=False, rank=accelerator.process_index, world_size=accelerator.num_processes)
     began = time.perf_counter()
     options = {"num_samples": args.importance_samples, "seed": args.seed, "transform": transform}

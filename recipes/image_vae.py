@@ -116,12 +116,12 @@ def main() -> None:
     if image.pose == "auto":
         image.pose = "rotation+shift" if args.dataset.startswith("sprites") else "none"
     accelerator = start(args)
-    data = splits(args.dataset, streaming=args.streaming)
+    data = splits(args.dataset, streaming=args.streaming, on_bad_row=args.on_bad_row)
     name = find_column(data["train"], "image", image.image_column)
     augmentation = Augmentation(**{key: getattr(image, key) for key in AUGMENTATION})
     column = ImageColumn(name, image.image_size, image.num_channels)
     columns = {split: replace(column, augmentation=augmentation) if split == "train" else column for split in data}
-    rows, classes = partly_labelled(data, columns, image, name=args.dataset, seed=args.seed)
+    rows, classes = partly_labelled(data, columns, image, name=args.dataset, seed=args.seed, on_bad_row=args.on_bad_row)
     loaders = make_loaders(accelerator, args, rows)
     refuse_grey(image.likelihood, image.binarize, loaders)
 

@@ -104,7 +104,7 @@ def build(args: JointRun, joint: JointArguments, data: Mapping[str, Any]) -> tup
     fields = {name: joint.vaes.get(name, {}) | size for name, size in sizes.items()}
     reading = {"max_length": args.max_length, "truncate": args.truncate}
     text = {"kind": joint.tokenizer, "vocab_size": joint.vocab_size}
-    parts = new_modalities(data["train"], joint.kinds, fields, reading=reading, text=text, name=args.dataset)
+    parts = new_modalities(data["train"], joint.kinds, fields, reading=reading, text=text, name=args.dataset, on_bad_row=args.on_bad_row)
     options = {name: value for name, value in vars(joint).items() if name not in NOT_THE_MODELS}
     config, processor, columns = joined(parts, objective=args.objective, objective_options=args.objective_options, **options)
     torch.manual_seed(args.seed)
@@ -115,13 +115,13 @@ def main() -> None:
     """Load, train, fit densities, evaluate, write the model folder."""
     args, joint = parse(JointRun, JointArguments)
     accelerator = start(args)
-    data = splits(args.dataset, streaming=args.streaming)
+    data = splits(args.dataset, streaming=args.streaming, on_bad_row=args.on_bad_row)
     model, processor, columns = build(args, joint, data)
     unfitted(model, joint.densities)  # refuses what cannot be, before any work
-    rows = {split: Rows(part, columns, name=args.dataset, on_empty="skip") for split, part in data.items() if split != "train"}
+    rows = {split: Rows(part, columns, name=args.dataset, on_bad_row=args.on_bad_row) for split, part in data.items() if split != "train"}
     changed = [replace(c, augmentation=joint.augmentation[c.modality]) if c.modality in joint.augmentation else c for c in columns]
     hidden = {"drop": joint.drop_modality, "drop_seed": args.seed, "complete": joint.complete_only}
-    rows["train"] = Rows(data["train"], changed, name=args.dataset, on_empty="skip", **hidden)
+    rows["train"] = Rows(data["train"], changed, name=args.dataset, on_bad_row=args.on_bad_row, **hidden)
     loaders = make_loaders(accelerator, args, rows)
 
     def readable(name: str, made: Tensor) -> Tensor | list[str]:

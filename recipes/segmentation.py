@@ -124,14 +124,17 @@ def main() -> None:
     """Load, train, evaluate, write the model folder."""
     args, masks = parse(SegmentationRun, SegmentationArguments)
     accelerator = start(args)
-    data, model = splits(args.dataset, streaming=args.streaming), build(args, masks)
+    data, model = splits(args.dataset, streaming=args.streaming, on_bad_row=args.on_bad_row), build(args, masks)
     alpha, size = masks.mask_column == "alpha", model.config.height_width
     move = Augmentation(masks.horizontal_flip, masks.vertical_flip, masks.shift)
     options = {"num_channels": 4} if alpha else {"num_channels": model.config.num_channels, "resize": "refuse"}
     column = ImageColumn(find_column(data["train"], "image", masks.image_column), size, **options)
     columns = [column] if alpha else [column, MaskColumn(masks.mask_column, size, tuple(masks.mask_values))]
     moved = [replace(each, augmentation=move) for each in columns]
-    rows = {split: Rows(part, moved if split == "train" else columns, name=args.dataset) for split, part in data.items()}
+    rows = {
+        split: Rows(part, moved if split == "train" else columns, name=args.dataset, on_bad_row=args.on_bad_row)
+        for split, part in data.items()
+    }
     loaders, transform = make_loaders(accelerator, args, rows), on_random_colours if alpha else None
 
     def draw(model: ImageVAEForSemanticSegmentation, figures: Path) -> Mapping[str, str]:

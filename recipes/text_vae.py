@@ -77,11 +77,12 @@ def main() -> None:
     args, text = parse(TextRun, TextArguments)
     args.suit_prior(text.prior, text.latent_dim)
     accelerator = start(args)
-    data = splits(args.dataset, streaming=args.streaming)
+    data = splits(args.dataset, streaming=args.streaming, on_bad_row=args.on_bad_row)
     column = find_column(data["train"], "text", text.text_column)
-    tokenizer, ids = make_tokenizer(text.tokenizer, texts_of(data["train"], column, args.dataset), text.vocab_size)
+    texts = texts_of(data["train"], column, args.dataset, on_bad_row=args.on_bad_row)
+    tokenizer, ids = make_tokenizer(text.tokenizer, texts, text.vocab_size)
     columns = TextColumn(column, tokenizer, args.max_length, args.truncate)
-    rows, classes = partly_labelled(data, dict.fromkeys(data, columns), text, name=args.dataset, seed=args.seed)
+    rows, classes = partly_labelled(data, dict.fromkeys(data, columns), text, name=args.dataset, seed=args.seed, on_bad_row=args.on_bad_row)
     loaders = make_loaders(accelerator, args, rows)
 
     options = {name: value for name, value in vars(text).items() if name not in DATA} | classes

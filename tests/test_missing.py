@@ -139,7 +139,7 @@ def test_rows_with_nothing(streamed, caplog):
     with pytest.raises(BadRow, match=r"mine: row 5: got no modality, expected one of image, text"):
         epoch(Rows(data, columns(), name="mine"))
     with caplog.at_level(logging.WARNING):
-        rows = Rows(data, columns(), on_empty="skip")
+        rows = Rows(data, columns(), on_bad_row="skip_empty")
         found = table(epoch(rows))
     assert rows.num_skipped == 2
     assert "skipping" in caplog.text
@@ -151,7 +151,7 @@ def test_rows_with_nothing(streamed, caplog):
             Rows(data.select([7, 5, 3]), columns())
         assert Rows(held_out, columns()).num_rows == 2
         with pytest.raises(ValueError, match="none is kept"):
-            Rows(data.select([5, 10]), columns(), on_empty="skip")
+            Rows(data.select([5, 10]), columns(), on_bad_row="skip_empty")
 
 
 def test_buckets_count_present_text_only():
@@ -228,8 +228,8 @@ def test_what_is_refused():
         Rows(data, ImageColumn("image", 4), drop={"image": 0.5})
     with pytest.raises(ValueError, match="complete: got True"):
         Rows(data, ImageColumn("image", 4), complete=True)
-    with pytest.raises(ValueError, match="on_empty: got 'ignore'"):
-        Rows(data, columns(), on_empty="ignore")
+    with pytest.raises(ValueError, match="on_bad_row: got 'ignore'"):
+        Rows(data, columns(), on_bad_row="ignore")
     with pytest.raises(ValueError, match="expected different names"):
         Rows(data, [*columns(), *columns()])
 

@@ -27,6 +27,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 
 from mmvae.data.digits import add_words
+from mmvae.data.lines import BadRow, broken_lines, rows_of_lines
 from mmvae.data.sprites import sprites
 from mmvae.data.turned import add_turns
 from mmvae.noise import fold
@@ -57,7 +58,7 @@ _FIRST_HELD_OUT = 26  # the smallest row number that the rule of `splits` holds 
 _SPRITE_ROWS = {"train": 10_000, "validation": 1_000, "test": 1_000}
 
 
-def load_rows(dataset: str, split: str = "train", *, streaming: bool = False, **options: Any) -> Any:
+def load_rows(dataset: str, split: str = "train", *, streaming: bool = False, on_bad_row: str = "error", **options: Any) -> Any:
     """One split of a data set.
 
     Arguments:
@@ -66,6 +67,8 @@ def load_rows(dataset: str, split: str = "train", *, streaming: bool = False, **
             has.
         streaming: read rows as they are needed instead of indexing the set first: for sets larger than the disk. The
             built-in sprites ignore it.
+        on_bad_row: "skip" makes a broken line of a local ``.jsonl`` file a row without values, which `Rows` then skips; otherwise it is an
+            error.
         options: for the sprites those of `mmvae.data.sprites.sprites`, otherwise those of `datasets.load_dataset`.
 
     Returns:
@@ -73,12 +76,13 @@ def load_rows(dataset: str, split: str = "train", *, streaming: bool = False, **
 
     Raises:
         FileNotFoundError: ``dataset`` is a path and does not exist, or an id that the Hub does not give.
+        BadRow: a broken line of a ``.jsonl`` file, by file, line and column; of a stream only when it is read.
         ValueError: the split does not exist, or a file is empty.
     """
-    return _pick(_load(dataset, streaming, options), split, dataset)
+    return _pick(_load(dataset, streaming, options, on_bad_row), split, dataset)
 
 
-def splits(dataset: str, *, streaming: bool = False, **options: Any) -> dict[str, Any]:
+def splits(dataset: str, *, streaming: bool = False, on_bad_row: str = "error", **options: Any) -> dict[str, Any]:
     """Training, validation and, where there is one, test rows.
 
     A data set without a validation split gives one up from its training rows, about 5 %: row i is held out if a fixed hash of i is
@@ -86,16 +90,16 @@ def splits(dataset: str, *, streaming: bool = False, **options: Any) -> dict[str
     no such row, holds out its last one.
 
     Arguments:
-        dataset, streaming, options: as for `load_rows`.
+        dataset, streaming, on_bad_row, options: as for `load_rows`.
 
     Returns:
         ``{"train": ..., "validation": ..., "test": ...}``, the last only where it exists.
 
     Raises:
-        FileNotFoundError: as for `load_rows`.
+        FileNotFoundError, BadRow: as for `load_rows`.
         ValueError: there is no training split, or it has fewer than two rows.
     """
-    loaded = _load(dataset, streaming, options)
+    loaded = _load(dataset, streaming, options, on_bad_row)
     found = {split: loaded[name] for split in _ALIASES if (name := _find(loaded, split)) is not None}
     if "train" not in found:
         raise ValueError(f"{dataset} has no split 'train', expected one of {', '.join(loaded)}")
@@ -104,7 +108,7 @@ def splits(dataset: str, *, streaming: bool = False, **options: Any) -> dict[str
     return {split: found[split] for split in _SPLITS if split in found}
 
 
-def _load(dataset: str, streaming: bool, options: dict[str, Any]) -> dict[str, Any]:
+def _load(dataset: str, streaming: bool, options: dict[str, Any], on_bad_row: str = "error") -> dict[str, Any]:
     if dataset.split(":")[0] == "sprites" and not Path(dataset).exists():
         level, rows, centred = [*dataset.split(":"), "", "", ""][1:4]
         level, rows = level or str(options.pop("level", 3)), rows or str(_SPRITE_ROWS["train"])
@@ -114,27 +118,41 @@ def _load(dataset: str, streaming: bool, options: dict[str, Any]) -> dict[str, A
         sizes = _SPRITE_ROWS | {"train": int(rows)}
         return {split: sprites(int(level), split, **{"num_rows": n, "centred": centred or None, **options}) for split, n in sizes.items()}
     if dataset.startswith("words:") and not Path(dataset).exists():
-        return {split: add_words(rows, split) for split, rows in _load(dataset.removeprefix("words:"), streaming, options).items()}
+        return {
+            split: add_words(rows, split) for split, rows in _load(dataset.removeprefix("words:"), streaming, options, on_bad_row).items()
+        }
     if dataset.startswith("turned:") and not Path(dataset).exists():
-        upright = _load(dataset.removeprefix("turned:"), streaming, options)
+        upright = _load(dataset.removeprefix("turned:"), streaming, options, on_bad_row)
         return {split: add_turns(rows, split, find_column(rows, "image")) for split, rows in upright.items()}
     path = Path(dataset).expanduser()
-    if path.is_file():
-        builder = _BUILDERS.get(path.suffix.lower())
-        if builder is None:
-            raise ValueError(f"{dataset} has the ending {path.suffix!r}, expected one of {', '.join(_BUILDERS)}")
-        _refuse_empty([path])
-        return datasets.load_dataset(builder, data_files={"train": str(path)}, streaming=streaming, **_csv([path]), **options)
-    if path.is_dir():
-        files = list(itertools.islice((file for file in path.rglob("*") if file.is_file()), 1000))
-        _refuse_empty(files)
-        return datasets.load_dataset(str(path), streaming=streaming, **_csv(files), **options)
+    if path.exists():
+        return _load_local(path, dataset, streaming, options, on_bad_row)
     if dataset.startswith((".", "/", "~")) or path.suffix.lower() in _BUILDERS:
         raise FileNotFoundError(f"{dataset} does not exist, expected a file, a folder, a Hub id or 'sprites'")
     try:
         return datasets.load_dataset(dataset, streaming=streaming, **options)
     except (ConnectionError, FileNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(f"{dataset} is neither a local path nor reachable on the Hub ({error})") from error
+
+
+def _load_local(path: Path, dataset: str, streaming: bool, options: dict[str, Any], on_bad_row: str) -> dict[str, Any]:
+    files = [path] if path.is_file() else list(itertools.islice((file for file in path.rglob("*") if file.is_file()), 1000))
+    builder = _BUILDERS.get(path.suffix.lower()) if path.is_file() else str(path)
+    if builder is None:
+        raise ValueError(f"{dataset} has the ending {path.suffix!r}, expected one of {', '.join(_BUILDERS)}")
+    _refuse_empty(files)
+    named = {"data_files": {"train": str(path)}} if path.is_file() else {}
+    lines = sorted(file for file in files if file.suffix.lower() == ".jsonl")
+    if lines and on_bad_row == "skip":
+        found = named["data_files"] if named else datasets.load_dataset_builder("text", data_dir=str(path)).config.data_files
+        chosen = {split: [name] if named else [file for file in name if file.endswith(".jsonl")] for split, name in found.items()}
+        return rows_of_lines({split: names for split, names in chosen.items() if names}, streaming)
+    try:
+        return datasets.load_dataset(builder, **named, streaming=streaming, **_csv(files), **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        for broken in broken_lines(lines):
+            raise BadRow(broken) from error
+        raise
 
 
 def _refuse_empty(files: Iterable[Path]) -> None:

@@ -90,7 +90,7 @@ class LabelArguments:
 
 
 def partly_labelled(
-    data: Mapping[str, Any], columns: Mapping[str, Column], args: LabelArguments, *, name: str = "data", seed: int = 0
+    data: Mapping[str, Any], columns: Mapping[str, Column], args: LabelArguments, *, name: str = "data", seed: int = 0, **reading: Any
 ) -> tuple[dict[str, Rows], dict[str, Any]]:
     """Rows of every split with their labels, of which training shows some, and what a configuration wants to know of the classes.
 
@@ -99,6 +99,7 @@ def partly_labelled(
         columns: what to read besides the labels, by split.
         args: the options; without a ``label_column`` there are no labels.
         name: of the data set, for errors.
+        reading: options of `Rows`.
         seed: decides which rows tell their label, where the options have no seed for it.
 
     Returns:
@@ -110,7 +111,7 @@ def partly_labelled(
     if args.label_column is None:
         if args.labels_per_class is not None or args.label_repeats != 1:
             raise ValueError("label_column: received None with labels_per_class or label_repeats, expected the column of the classes")
-        return {split: Rows(part, columns[split], name=name) for split, part in data.items()}, {}
+        return {split: Rows(part, columns[split], name=name, **reading) for split, part in data.items()}, {}
     column = find_column(data["train"], "label", args.label_column)
     labels = LabelColumn(column, find_classes(data["train"], column), missing=True)
     options = {
@@ -119,9 +120,9 @@ def partly_labelled(
         "repeats": args.label_repeats,
     }
     rows: dict[str, Rows] = {
-        split: PartlyLabelled(part, columns[split], labels, name=name, **options)
+        split: PartlyLabelled(part, columns[split], labels, name=name, **options, **reading)
         if split == "train"
-        else Rows(part, [columns[split], labels], name=name)
+        else Rows(part, [columns[split], labels], name=name, **reading)
         for split, part in data.items()
     }
     known = {option: getattr(args, option) for option in _OF_THE_MODEL}

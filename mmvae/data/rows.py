@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmvae.data.columns import Column, Ragged, check_text
+from mmvae.data.columns import Column, Ragged
+from mmvae.data.lines import BadRow
 from mmvae.data.loading import content_fingerprint, features_of
 from mmvae.data.missing import check_drop, hide
 from mmvae.data.sprites import Sprites
@@ -27,11 +28,8 @@ from mmvae.models.configuration import input_name
 
 logger = logging.getLogger(__name__)
 
+ON_BAD_ROW = ("error", "skip_empty", "skip")
 _CHUNK = 1000
-
-
-class BadRow(ValueError):
-    """A row that cannot be used; the message names data set, row (from 0), field, what came and what was expected."""
 
 
 class Rows:
@@ -45,12 +43,13 @@ class Rows:
         memory_limit: bytes that prepared pictures may take; 0 decodes them whenever a batch asks.
         drop: how often a modality is hidden on purpose, by name; see `mmvae.data.missing.hide`.
         drop_seed: decides in which rows.
-        on_empty: what is done with a row that has no modality at all: "error", or "skip", which counts it in ``num_skipped``.
+        on_bad_row: what is done with a row that cannot be used: "error"; "skip_empty", which leaves out rows that have no modality at all;
+            or "skip", which leaves out every bad one and decodes all pictures once beforehand, of a stream in every epoch, to find them.
         complete: keep only rows that have every modality, after hiding; the others are not counted as skipped.
 
+    Attributes: ``bad``, what is wrong with the rows left out, by their numbers; of a stream those met so far.
     Attributes of a map-style set: ``num_rows`` that are kept, their ``numbers`` (N,) int64 in the data set, the lengths of
-    their text (N,) int64 in tokens. Rows that a `TextColumn` cut are told in one warning: their number, or for a stream
-    that there are some; so are rows that are skipped.
+    their text (N,) int64 in tokens. One warning tells of rows that a `TextColumn` cut, and one of rows that are skipped.
 
     Raises:
         BadRow: a row that was prepared now is bad.
@@ -66,17 +65,17 @@ class Rows:
         memory_limit: int = 2**30,
         drop: Mapping[str, float] | None = None,
         drop_seed: int = 0,
-        on_empty: str = "error",
+        on_bad_row: str = "error",
         complete: bool = False,
     ) -> None:
         self.columns = [columns] if isinstance(columns, Column) else list(columns)
         self.modalities = tuple(column.modality for column in self.columns if column.modality)
-        self.name, self._drop, self._drop_seed, self._on_empty, self._complete = name, dict(drop or {}), drop_seed, on_empty, complete
+        self.name, self._drop, self._drop_seed, self._on_bad_row, self._complete = name, dict(drop or {}), drop_seed, on_bad_row, complete
         self._check_options()
         self.streamed = isinstance(dataset, datasets.IterableDataset)
         self._dataset = _raw(dataset, self.columns, name)
         self._told: set[int] = set()
-        self.num_skipped = 0
+        self.bad: dict[int, str] = {}
         self.num_rows: int | None = None
         self.numbers = self.lengths = self._present = None
         self._memory: dict[int, Tensor | Ragged] = {}
@@ -87,8 +86,8 @@ class Rows:
     def _check_options(self) -> None:
         if len(set(self.modalities)) < len(self.modalities):
             raise ValueError(f"columns: got the modalities {', '.join(self.modalities)}, expected different names")
-        if self._on_empty not in ("error", "skip"):
-            raise ValueError(f"on_empty: got {self._on_empty!r}, expected 'error' or 'skip'")
+        if self._on_bad_row not in ON_BAD_ROW:
+            raise ValueError(f"on_bad_row: got {self._on_bad_row!r}, expected one of {', '.join(ON_BAD_ROW)}")
         if self._complete and not self.modalities:
             raise ValueError("complete: got True, expected False where no column is a modality")
         check_drop(self._drop, self.modalities)
@@ -99,19 +98,24 @@ class Rows:
         if not len(rows):
             raise ValueError(f"{self.name} has no rows, expected at least 1")
         self._present, keep = self._select(_found(self._dataset, self._modality_columns()), rows)
+        self._memory = self._prepare_all(memory_limit)
+        keep[list(self.bad)] = False
         self._tell_skipped(len(rows))
         self.numbers = rows[keep]
         if not len(self.numbers):
-            raise ValueError(
-                f"{self.name} has {len(rows)} rows but none is kept, expected at least 1 that has {', '.join(self.modalities)}"
-            )
+            why = f"; {next(iter(self.bad.values()))}" if self.bad else f", expected at least 1 that has {', '.join(self.modalities)}"
+            raise ValueError(f"{self.name} has {len(rows)} rows but none is kept{why}")
         self.num_rows = len(self.numbers)
-        self._memory = self._prepare_all(memory_limit)
         ragged = {self.columns[n]: packed.lengths for n, packed in self._memory.items() if isinstance(packed, Ragged)}
         for column, lengths in ragged.items():
             self._tell_empty(column, self._has(column, self._present) & (lengths == 0))
         ragged = [lengths * self._has(column, self._present) for column, lengths in ragged.items() if column.bucketed]
         self.lengths = torch.stack(ragged).sum(0)[keep] if ragged else None
+
+    @property
+    def num_skipped(self) -> int:
+        """How many rows are left out because they are bad; of a stream, so far."""
+        return len(self.bad)
 
     def _modality_columns(self) -> list[str]:
         return [column.name for column in self.columns if column.modality]
@@ -125,21 +129,24 @@ class Rows:
         if not self.modalities:
             return found, torch.ones(len(rows), dtype=torch.bool)
         keep = found.any(1)
-        if not keep.all():
-            if self._on_empty == "error":
-                row = _file_row(self._dataset, int(rows[~keep][0]))
-                expected = f"one of {', '.join(self._modality_columns())}"
-                raise BadRow(f"{self.name}: row {row}: got no modality, expected {expected} (or set on_empty='skip')")
-            self.num_skipped += int((~keep).sum())
+        for row in rows[~keep].tolist():
+            self._refuse(row, f": got no modality, expected one of {', '.join(self._modality_columns())}", "skip_empty")
         present = hide(found, rows, self.modalities, self._drop, self._drop_seed)
         keep = present.all(1) if self._complete else keep
         return present & keep.unsqueeze(1), keep  # what is not kept is not decoded either
 
+    def _refuse(self, row: int, why: str, spared_by: str, cause: Exception | None = None) -> None:
+        """Tell what is wrong with a row, or, where that leaves rows out, remember it."""
+        told = f"{self.name}: row {file_row(self._dataset, row)}{why}"
+        if self._on_bad_row not in ("skip", spared_by):
+            raise BadRow(f"{told} (or set on_bad_row={spared_by!r})" if spared_by == "skip_empty" else told) from cause
+        self.bad.setdefault(row, told)
+
     def _tell_skipped(self, rows: int | None) -> None:
-        if self.num_skipped and -1 not in self._told:
+        if self.bad and -1 not in self._told:
             self._told.add(-1)
-            shown = "rows that have no modality" if rows is None else f"{self.num_skipped} of {rows} rows, which have no modality"
-            logger.warning("%s: skipping %s", self.name, shown)
+            shown = "bad rows" if rows is None else f"{len(self.bad)} of {rows} rows"
+            logger.warning("%s: skipping %s; the first: %s", self.name, shown, next(iter(self.bad.values())))
 
     @property
     def in_memory(self) -> bool:
@@ -186,11 +193,15 @@ class Rows:
             The row's number; its values, raw and undecoded; the characters of the text that is present, which stand in for
             tokens where rows are bucketed undecoded.
         """
-        self.num_skipped = 0
+        self.bad = {}
         for number, row in enumerate(self._dataset):
-            present, keep = self._select(self._found({name: [value] for name, value in row.items()}, 1), torch.tensor([number]))
+            rows = torch.tensor([number])
+            present, keep = self._select(self._found({name: [value] for name, value in row.items()}, 1), rows)
+            if self._on_bad_row == "skip":
+                for column in self.columns:
+                    self._prepare(column, [row[column.name]], rows, self._has(column, present))
             self._tell_skipped(None)
-            if keep:
+            if keep and number not in self.bad:
                 texts = (row[column.name] for column in self.columns if column.shape is None and self._has(column, present))
                 yield number, row, sum(len(text) for text in texts if isinstance(text, str))
 
@@ -202,20 +213,24 @@ class Rows:
     def _prepare(self, column: Column, values: Sequence[Any], rows: Tensor, here: Tensor) -> list[np.ndarray]:
         """A column's arrays of some rows, fillers where it is absent."""
         had = [(row, value) for row, value, there in zip(rows.tolist(), values, here.tolist(), strict=True) if there]
+        cut = getattr(column, "num_truncated", 0)
         try:
-            prepared = iter(column.prepare([value for _, value in had]))
+            prepared = dict(zip((row for row, _ in had), column.prepare([value for _, value in had]), strict=True))
         except ValueError:
-            for row, value in had:
-                self._check(column, value, row)
-            raise
-        return [next(prepared) if there else column.filler() for there in here.tolist()]
+            if cut != getattr(column, "num_truncated", 0):
+                column.num_truncated = cut
+            prepared = {row: one for row, value in had if (one := self._prepare_one(column, value, row)) is not None}
+            if len(prepared) == len(had):
+                raise
+        return [prepared[row] if row in prepared else column.filler() for row in rows.tolist()]
 
-    def _check(self, column: Column, value: Any, row: int) -> None:
+    def _prepare_one(self, column: Column, value: Any, row: int) -> np.ndarray | None:
         try:
-            column.prepare([value])
+            return column.prepare([value])[0]
         except ValueError as error:
             shown = f" in {value[:60]!r}" if isinstance(value, str) else ""
-            raise BadRow(f"{self.name}: row {_file_row(self._dataset, row)}, field {column.name!r}: {error}{shown}") from error
+            self._refuse(row, f", field {column.name!r}: {error}{shown}", "skip", error)
+        return None
 
     def _tell_cut(self, number: int, before: int, rows: int) -> None:
         """Warn once of the rows that a column cut since ``before``: of all, or of a stream's first batch with such rows."""
@@ -229,7 +244,7 @@ class Rows:
 
     def _tell_empty(self, column: Column, empty: Tensor) -> None:
         """Name the rows of which a column kept nothing: a document without a word of the vocabulary."""
-        rows = [_file_row(self._dataset, row) for row in empty.nonzero().flatten().tolist()]
+        rows = [file_row(self._dataset, row) for row in empty.nonzero().flatten().tolist()]
         if rows:
             shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
             text = "%s: %d of %d rows have no word of the vocabulary in field %r, and stay: rows %s"
@@ -240,6 +255,8 @@ class Rows:
         for number, column in enumerate(self.columns):
             size = 0 if column.shape is None else len(self._present) * math.prod(column.shape) * column.dtype.itemsize
             if column.shape and size > memory_limit:
+                if self._on_bad_row == "skip":
+                    list(self._prepared(column))
                 continue
             cut = getattr(column, "num_truncated", 0)
             memory[number] = self._prepare_column(column)
@@ -250,20 +267,28 @@ class Rows:
         total = len(self._present)
         dense = None if column.shape is None else torch.empty((total, *column.shape), dtype=column.dtype)
         ragged: list[np.ndarray] = []
-        dataset = self._dataset.select_columns([column.name])
-        for rows in torch.arange(total).split(_CHUNK):
-            start = int(rows[0])
-            values = dataset[start : start + _CHUNK][column.name]
-            prepared = self._prepare(column, values, rows, self._has(column, self._present[rows]))
+        for start, prepared in self._prepared(column):
             if dense is None:
                 ragged += prepared
             else:
-                dense[start : start + len(values)] = column.pack(prepared)
+                dense[start : start + len(prepared)] = column.pack(prepared)
         return column.pack(ragged) if dense is None else dense
+
+    def _prepared(self, column: Column) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """A column's arrays in chunks of rows, each with the number of its first row."""
+        dataset = self._dataset.select_columns([column.name])
+        for rows in torch.arange(len(self._present)).split(_CHUNK):
+            start = int(rows[0])
+            values = dataset[start : start + _CHUNK][column.name]
+            yield start, self._prepare(column, values, rows, self._has(column, self._present[rows]))
 
     def _fingerprint(self) -> str:
         """Of all that is prepared, and of the files where decoding is left to the batches."""
-        digest = hashlib.sha256(repr([column.settings() for column in self.columns] + [self.num_rows]).encode())
+        digest = hashlib.sha256(
+            repr(
+                [column.settings() for column in self.columns] + [self.num_rows, *(self.bad if self._on_bad_row == "skip" else ())]
+            ).encode()
+        )
         if self.modalities:
             seed = self._drop_seed if self._drop else None
             digest.update(repr((self.modalities, sorted(self._drop.items()), seed, self._complete)).encode())
@@ -276,7 +301,7 @@ class Rows:
         return digest.hexdigest()
 
 
-def _file_row(dataset: Any, row: int) -> int:
+def file_row(dataset: Any, row: int) -> int:
     """The row's number before a selection such as a held-out part; `datasets` keeps it in a private table only."""
     indices = getattr(dataset, "_indices", None)
     return row if indices is None else indices.column(0)[row].as_py()
@@ -290,32 +315,6 @@ def _found(dataset: Any, columns: Sequence[str]) -> Tensor:
     chunks = (table[start : start + _CHUNK] for start in range(0, len(dataset), _CHUNK))
     found = [np.stack([chunk[name].is_valid().to_numpy() for name in columns], 1) for chunk in chunks]
     return torch.from_numpy(np.concatenate(found))
-
-
-def texts_of(rows: Any, column: str, name: str = "data", *, missing: bool = False) -> Iterator[str]:
-    """The texts of a column, one by one, for what comes before there are `Rows`: training a tokenizer.
-
-    Arguments:
-        rows: what `mmvae.data.load_rows` gives.
-        column: the data set's column.
-        name: what the data set is called in errors.
-        missing: whether rows may lack the text; they are passed over.
-
-    Returns:
-        The texts in the order of the rows.
-
-    Raises:
-        BadRow: a row that holds no text.
-    """
-    rows = rows.select_columns([column])
-    for number, row in enumerate(rows):
-        if missing and row[column] is None:
-            continue
-        try:
-            check_text(row[column])
-        except ValueError as error:
-            raise BadRow(f"{name}: row {_file_row(rows, number)}, field {column!r}: {error}") from error
-        yield row[column]
 
 
 def _raw(dataset: Any, columns: Sequence[Column], name: str) -> Any:

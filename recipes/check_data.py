@@ -1,0 +1,104 @@
+"""List everything that is wrong with a data set, in one pass, before anything is trained on it.
+
+    python recipes/check_data.py --dataset path/to/data
+    python recipes/check_data.py --dataset path/to/data --columns image caption --missing true
+
+Every picture of every split is decoded and every text read. A broken line of a .jsonl file is told by file, line and column; a row by its
+number from 0, field and file. The exit status is 1 where anything is wrong.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from torch import Tensor
+
+from mmvae.data import Column, ImageColumn, Rows, as_modalities, broken_lines, splits
+from mmvae.data.columns import Ragged, check_text
+from mmvae.data.lines import read_lines
+from mmvae.data.loading import features_of
+from mmvae.data.rows import file_row
+from mmvae.options import parse
+
+
+@dataclass
+class CheckArguments:
+    """Options of a check."""
+
+    dataset: str = field(default="sprites:5", metadata={"help": "Hub id, local folder or file, or sprites:LEVEL[:ROWS] (built in)"})
+    columns: list[str] | None = field(default=None, metadata={"help": "of pictures and texts; all by default"})
+    missing: bool = field(default=False, metadata={"help": "whether a row may lack some of the columns, as for a joint model"})
+    max_pixels: int = field(default=16_000_000, metadata={"help": "the largest width x height of a picture"})
+
+
+@dataclass(frozen=True)
+class Words(Column):
+    """Texts that are only read."""
+
+    name: str
+    prefix: str = ""
+    modality: str = ""
+    input_names = ("input_ids",)
+
+    def prepare(self, values: Any) -> list[np.ndarray]:
+        """An array for each text."""
+        for value in values:
+            check_text(value)
+        return [np.zeros(1, np.int32) for _ in values]
+
+    def pack(self, prepared: Any) -> Ragged:
+        """All in one."""
+        return Ragged.of(prepared)
+
+    def collate(self, packed: Ragged, keys: Tensor) -> dict[str, Tensor]:
+        """Nothing that a model could use."""
+        return {"input_ids": packed.lengths}
+
+    def filler(self) -> np.ndarray:
+        """An empty text."""
+        return np.zeros(1, np.int32)
+
+
+def columns_of(data: Any, args: CheckArguments) -> list[Column]:
+    """The columns of pictures and texts of a split."""
+    features, made = features_of(data), {}
+    for name in args.columns or features:
+        if name not in features:
+            raise ValueError(f"columns: received {name!r}, expected some of {list(features)}")
+        if isinstance(features[name], datasets.Image):
+            made[name] = ImageColumn(name, 8, max_pixels=args.max_pixels)
+        elif args.columns or getattr(features[name], "dtype", "") in ("string", "large_string"):
+            made[name] = Words(name)
+    if not made:
+        raise ValueError(f"{args.dataset} has no column of pictures or texts, expected some beside {list(features)}")
+    return as_modalities(made) if args.missing else list(made.values())
+
+
+def main() -> None:
+    """Load, check, tell."""
+    (args,) = parse(CheckArguments)
+    path = Path(args.dataset).expanduser()
+    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path] * (path.suffix == ".jsonl")
+    problems = list(broken_lines(files))
+    told_already = {number - 1 for file in files for number, row in read_lines(file) if isinstance(row, str)}
+    for split, data in splits(args.dataset, on_bad_row="skip").items():
+        problems += [f"{split}: {told}" for row, told in bad_rows(data, columns_of(data, args), args.dataset) if row not in told_already]
+    print(*problems, sep="\n")
+    print(f"{len(problems)} problems" if problems else "nothing is wrong")
+    sys.exit(bool(problems))
+
+
+def bad_rows(data: Any, columns: list[Column], name: str) -> list[tuple[int, str]]:
+    """What is wrong with the rows of a split, with their numbers in the file."""
+    try:
+        bad = Rows(data, columns, name=name, memory_limit=0, on_bad_row="skip").bad
+    except ValueError as error:  # not one is good
+        return [(-1, str(error))]
+    return [(file_row(data, row), told) for row, told in sorted(bad.items())]
+
+
+if __name__ == "__main__":
+    main()
