@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmvae.data.columns import check_text
-from mmvae.data.rows import BadRow, file_row
+from mmvae.data.lines import BadRow
+from mmvae.data.rows import file_row
 
 
 def texts_of(rows: Any, column: str, name: str = "data", *, missing: bool = False, on_bad_row: str = "error") -> Iterator[str]:
