@@ -11,6 +11,8 @@ import pytest
 import torch
 from recipe_runs import pictures, recipe, sentences
 
+from mmvae import ImageVAEConfig, TextVAE, TextVAEConfig
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -34,15 +36,45 @@ def test_benchmark_joint(tmp_path):
     assert figures["arguments"]["missing"] == 0.5
 
 
-def test_benchmark(tmp_path, monkeypatch, capsys):
+def test_benchmark(tmp_path, monkeypatch, capsys, benchmark):
     data = ["--text", sentences(tmp_path / "words"), "--images", pictures(tmp_path / "pictures"), "--output", tmp_path / "figures.json"]
-    sizes = ["--image_size", "16", "--text_batch", "8", "--image_batch", "8", "--steps", "1", "--repeats", "1"]
-    monkeypatch.setattr(sys, "argv", ["recipes/benchmark.py", *map(str, data), *sizes])
-    recipe("benchmark").main()
+    sizes = {"batch_size": 8, "num_samples": 3, "num_sentences": 20, "num_pictures": 9, "warm_steps": 1, "seconds": 0, "repeats": 1}
+    work = "text training 32,image training 28,decoder 28,log,sentences,loading,saving"
+    options = [f"--{name}={value}" for name, value in sizes.items()] + ["--work", work, "--streamed_rows", "300", "--clock", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["recipes/benchmark.py", *map(str, data), *options])
+    benchmark.main()
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "figures.json").read_text())
-    assert "| text training | tokens/s |" in printed and "| image training | images/s |" in printed
+    assert "| text training 32 | tokens/s |" in printed and "| image training 28x28x1 | images/s |" in printed
+    assert len(figures["results"]) == 8 and len(figures["ceilings"]) == 3
+    assert list(figures["memory MiB"]) == ["100 rows", "300 rows"]
+    assert figures["results"]["image training 28x28x1"]["GFLOP/s"] > 0
     for result in figures["results"].values():
+        assert result["lowest"] == result["ratio"] == result["highest"]
         assert result["ratio"] == pytest.approx(result["mmvae"] / result["reference"])
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The recipe, with those that it is made of on the path as when it runs."""
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    return recipe("benchmark")
+
+
+def test_references_do_the_same_work(benchmark):
+    from benchmark_references import PlainImageVAE, transposed_decoder, write_sentences
+
+    torch.manual_seed(0)
+    model = PlainImageVAE(ImageVAEConfig(image_size=8, num_channels=1, hidden_channels=[4], latent_dim=2, scale=2.0)).eval()
+    x, z = torch.rand(3, 1, 8, 8), torch.randn(3, 2)
+    torch.testing.assert_close(model.encode(x)[0], model.vae.encode(x).loc)
+    torch.testing.assert_close(model.decode(z).log_prob(x).flatten(1).sum(1), model.vae.decode(z).log_prob(x))
+    both = model.log_marginal(x[0], 3000), model.vae.log_marginal(3000, pixel_values=x[:1])[0]
+    torch.testing.assert_close(*both, atol=0.05, rtol=0)
+    assert transposed_decoder([8, 16], 3, 2000)(torch.randn(2, 16, 7, 7)).shape == (2, 3, 28, 28)
+    writer = TextVAE(TextVAEConfig(vocab_size=12, embedding_size=6, hidden_size=8, latent_dim=3)).eval()
+    z = 5 * torch.randn(6, 3)
+    ours = [[word for word in row[1:] if word not in (0, 2)] for row in writer.generate(latents=z, max_new_tokens=9).tolist()]
+    assert [[word for word in row if word] for row in write_sentences(writer, z, 9)] == ours
 
 
 @pytest.fixture(scope="module")
