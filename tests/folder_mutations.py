@@ -1,6 +1,7 @@
 """Damage model folders in a thousand ways and count what comes of loading them; `test_folder.py` does a few of them.
 
     python tests/folder_mutations.py --number 1000 --seed 0
+    python tests/folder_mutations.py --fields
 
 Allowed are an error that names a file of the folder or the damaged field, and a model whose every value is the one that was saved. Counted
 as failures: code that ran, a socket that was opened, more than 5 s, an error without a name, a model with other values. A changed bit in a
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import struct
@@ -36,6 +38,7 @@ from mmvae import (
     TextVAEConfig,
 )
 from mmvae.folder import seal
+from mmvae.models.configuration import _FOREIGN
 
 HOSTILE = [0, -1, 10**6, 10**12, 2**63, math.nan, math.inf, None, "4", 4.5, [], {}, True, "x" * 10_000, "../x", [None], {"a": [1]}]
 IMAGE = {"image_size": 8, "num_channels": 1, "hidden_channels": [4], "latent_dim": 2}
@@ -331,15 +334,50 @@ def run(number: int, seed: int = 0) -> tuple[Counter, list[str]]:
     return counts, failed
 
 
+CONFIGS = {
+    "image": ImageVAEConfig(**IMAGE),
+    "text": TextVAEConfig(**TEXT),
+    "joint": MMVAEConfig(modalities={"image": ImageVAEConfig(**IMAGE), "text": TextVAEConfig(**TEXT)}),
+}
+
+
+def every_field(name: str, hostile: list) -> tuple[Counter, list[str]]:
+    """What is said of each hostile value in each field of a configuration, its own, those of transformers, and foreign ones."""
+    config, counts, failed = CONFIGS[name], Counter(), []
+    values = json.loads(config.to_json_string(use_diff=False))
+    for field in sorted(values.keys() | _FOREIGN - {"_commit_hash", "name_or_path"}):
+        for value in hostile:
+            began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            told = refusal(type(config), values | {field: value})
+            seconds, grown = time.process_time() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+            counts["taken" if told is None else "refused by name"] += 1
+            if (told and field not in told) or seconds > 1 or grown > 100:
+                failed.append(f"{name}, {field} = {value!r:.40}: {seconds:.2f} s, {grown:.0f} MiB: {told}")
+    return counts, failed
+
+
+def refusal(config_class: type, values: dict) -> str | None:
+    """What is said against the fields of a configuration."""
+    try:
+        config_class.from_dict(values)
+    except Exception as error:
+        return str(error)
+    return None
+
+
 def main() -> None:
     """Damage, load, count."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--number", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fields", action="store_true", help="hostile values in every field of every configuration instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()
-    counts, failed = run(args.number, args.seed)
+    counts, failed = run(args.number, args.seed) if not args.fields else (Counter(), [])
+    for name in CONFIGS if args.fields else ():
+        found, wrong = every_field(name, HOSTILE)
+        counts, failed = counts + found, failed + wrong
     print("\n".join(failed))
     print(json.dumps(dict(counts), indent=1), f"{time.perf_counter() - began:.0f} s")
     sys.exit(bool(failed))
