@@ -81,7 +81,7 @@ class World:
         model, _, columns = module.build(self.args, joint, data)
         changed = [module.replace(c, augmentation=joint.augmentation[c.modality]) if c.modality == "image" else c for c in columns]
         self.config = model.config
-        self.rows = {"train": Rows(data["train"], changed, on_empty="skip"), "validation": Rows(data["validation"], columns)}
+        self.rows = {"train": Rows(data["train"], changed, on_bad_row="skip_empty"), "validation": Rows(data["validation"], columns)}
         for split in self.rows:
             next(Loader(self.rows[split], 4).batches(0))
         with contextlib.redirect_stdout(io.StringIO()):
@@ -225,7 +225,7 @@ def plant_in_place() -> None:
         folder = Path(root, f"step-{step:08d}")
         folder.mkdir(parents=True)
         manifest = checkpoint._manifest(step, checkpoint._write_state(folder, state), info)
-        checkpoint._write_text(folder / "manifest.json", checkpoint._dump(manifest))
+        checkpoint.write_text(folder / "manifest.json", checkpoint.seal(manifest))
         return folder
 
     checkpoint.save = save

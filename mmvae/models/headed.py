@@ -30,7 +30,7 @@ class HeadedVAE(VerifiedModel):
     @property
     def inference_modules(self) -> tuple[str, ...]:
         """The head, beside those of the VAE."""
-        return (self.head_name,)
+        return tuple(name for name, _ in self.named_children() if name != self.base_model_prefix)
 
     def freeze(self, frozen: bool = True) -> Self:
         """Leave the VAE as it is, its statistics too, and train the head alone; or, with False, train everything again."""
