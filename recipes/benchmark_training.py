@@ -1,5 +1,6 @@
 """Training, for ``recipes/benchmark.py``: each function gives the reference's step, ours, and the unit of what they return."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -183,18 +184,18 @@ def joint_training(size: int, args: BenchmarkArguments) -> Work:
 
 
 def train_rank(rank: int, world: int, pipe: Any, args: BenchmarkArguments, meeting: str) -> None:
-    """A rank of one thread: a training step of 28x28 pictures for every message, until it is ``None``."""
+    """A rank of one thread: a training step of 28x28 pictures for every message."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     config = ImageVAEConfig(image_size=28, num_channels=1)
     model = nn.parallel.DistributedDataParallel(ImageVAE(config).to(memory_format=torch.channels_last).train())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     batches = endless(Loader(image_rows(args, config), args.batch_size, rank=rank, world_size=world))
-    while pipe.recv():
-        pixels = next(batches)["pixel_values"]
-        descend(optimizer, lambda pixels=pixels: model(pixels).loss, args.bf16)
-        pipe.send(len(pixels))
-    torch.distributed.barrier()
+    with contextlib.suppress(EOFError):  # the benchmark has ended
+        while pipe.recv():
+            pixels = next(batches)["pixel_values"]
+            descend(optimizer, lambda pixels=pixels: model(pixels).loss, args.bf16)
+            pipe.send(len(pixels))
     os._exit(0)  # the teardown of gloo sometimes aborts after all work is done
 
 
@@ -207,6 +208,7 @@ def ranks(args: BenchmarkArguments) -> Work:
         for rank, (_, far) in enumerate(pipes):
             options = (rank, world, far, args, f"{folder}/{world}")
             context.Process(target=train_rank, args=options, daemon=True).start()
+            far.close()  # so that a rank that has died is seen
 
         def step() -> float:
             for near, _ in pipes:
