@@ -1,6 +1,6 @@
 """Train classes on the latent of a trained VAE of one modality, from few labels (M1 + M2).
 
-    accelerate launch recipes/image_vae.py --config recipes/configs/image_vae_mnist.yaml --dataset path/to/mnist
+    accelerate launch recipes/image_vae.py --config recipes/configs/image_features_mnist.yaml --dataset path/to/mnist
     accelerate launch recipes/stacked_vae.py --config recipes/configs/stacked_mnist.yaml --dataset path/to/mnist --label_seed 0
 
 The folder holds both: it tells the classes of pictures or texts, and draws them by class. Results: see the configs.
