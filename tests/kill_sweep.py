@@ -326,24 +326,25 @@ class Sweep:
                     until = time.monotonic() + HANG
 
     def steps(self, folder: Path) -> tuple[dict[int, list[int]], list]:
-        """Rows of each step by its number, and the last entry of the ledger; a step that came with other rows is trouble."""
+        """Rows of each step by its number, and the ledger of the first rank, which saves; a step that came with other rows is trouble."""
         rows: dict[int, list] = {}
-        last = []
-        for rank in range(self.options["ranks"]):
+        for rank in reversed(range(self.options["ranks"])):
             path = folder / f"ledger-{rank}"
+            ledger = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
             own: dict[int, list] = {}
-            for last in map(json.loads, path.read_text().splitlines() if path.exists() else []):
-                if last[0] == "step" and own.setdefault(last[1], last[2]) != last[2]:
-                    own[last[1]] = ["replayed with other rows"]
+            for entry in ledger:
+                if entry[0] == "step" and own.setdefault(entry[1], entry[2]) != entry[2]:
+                    own[entry[1]] = ["replayed with other rows"]
             for step, ids in own.items():
                 rows.setdefault(step, []).append(ids)
-        return rows, last
+        return rows, ledger
 
     def killed(self, folder: Path, status: int, number: int) -> None:
         """Where the kill landed, and whether it lost a checkpoint."""
         self.counts["kills"] += 1
-        rows, last = self.steps(folder)
-        step = max(rows, default=-1)
+        ledger = self.steps(folder)[1]
+        last = ledger[-1] if ledger else []
+        step = max((entry[1] for entry in ledger if entry[0] == "step"), default=-1)  # another rank may be a step ahead of the save
         self.landed.add(step)
         self.counts["after_step_1"] += step >= 1
         self.counts["in_a_save"] += last[:1] == ["save"]
