@@ -4,7 +4,7 @@ Shapes: ``n`` repetitions, such as draws of the labels; ``N`` rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,9 +18,40 @@ from mmvae.evaluation import Transform, model_inputs, predict
 from mmvae.experiment import make_loaders, train
 from mmvae.modalities import from_scratch
 from mmvae.models.configuration import VAEConfig
+from mmvae.models.heads import ImageVAEForImageClassification, TextVAEForSequenceClassification
 from mmvae.optimization import freeze_unreached
-from mmvae.options import RunArguments
+from mmvae.options import RunArguments, mapping
 from mmvae.training import Result
+
+CLASSIFIERS = {kind.config_class: kind for kind in (ImageVAEForImageClassification, TextVAEForSequenceClassification)}
+"""The classifier of each kind of configuration."""
+
+
+@dataclass
+class StudyRun(RunArguments):
+    """Options of every study; the defaults suit the shapes of the built-in sprites."""
+
+    dataset: str = "sprites:3:2000"
+    modality: str | None = field(default=None, metadata={"help": "name:kind[:column]; guessed"})
+    label: str | None = field(default=None, metadata={"help": "column of the classes; guessed; of the built-in sprites their shape"})
+    vaes: str = field(default="{}", metadata={"help": "fields of the configuration of VAE and classifiers, by kind"})
+    classifier: str = field(default="{}", metadata={"help": "fields of the classifiers' configuration alone"})
+    tokenizer: str = field(default="whitespace", metadata={"help": "whitespace, bpe, or the id or path of a pretrained one"})
+    vocab_size: int = field(default=10_000, metadata={"help": "most tokens of a trained tokenizer, special ones included"})
+    augmentation: str = field(default="{}", metadata={"help": 'random changes to training pictures: {"shift": 2, "rotation": 15}'})
+    max_steps: int | None = 400
+    lr_schedule: str = "cosine_with_min_lr"
+    lr_options: str = '{"min_lr_rate": 0.02}'
+    warmup_steps: int = 40
+    max_grad_norm: float | None = None
+    kl_options: str = '{"steps": 100}'
+    log_every: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("vaes", "classifier", "augmentation"):
+            setattr(self, option, mapping(option, getattr(self, option)))
+        self.label = self.label or ("shape" if self.dataset.startswith("sprites") else None)
 
 
 @dataclass(frozen=True)

@@ -23,32 +23,38 @@ from accelerate import Accelerator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from mmvae import ImageVAE, ImageVAEForImageClassification, TextVAEForSequenceClassification
+from mmvae import ImageVAE
 from mmvae.charts import against
 from mmvae.data import Augmentation, Column, ImageColumn, Loader, PartlyLabelled, Rows
 from mmvae.evaluation import binarization, model_inputs, predict
-from mmvae.experiment import RunArguments, parse, start
+from mmvae.experiment import parse, start
 from mmvae.hub import write_metrics
 from mmvae.modalities import overridden
 from mmvae.models.classes import ClassVAE
 from mmvae.options import mapping
 from mmvae.pictures import grid, table
 from mmvae.processing import decode_text
-from mmvae.study import LabelledData, accuracy, mean_and_deviation, one_modality, paired_p, train_classifier, train_once
+from mmvae.study import (
+    CLASSIFIERS,
+    LabelledData,
+    StudyRun,
+    accuracy,
+    mean_and_deviation,
+    one_modality,
+    paired_p,
+    train_classifier,
+    train_once,
+)
 
-CLASSIFIERS = {kind.config_class: kind for kind in (ImageVAEForImageClassification, TextVAEForSequenceClassification)}
 ARMS = ("real", "augmented")
 PLACES = ("dataset", "output_dir", "hub_token")
 
 
 @dataclass
-class AugmentationRun(RunArguments):
-    """Defaults that suit the shapes of the built-in sprites; the options of training are the classifiers'."""
+class AugmentationRun(StudyRun):
+    """Options of the study; those of training are the classifiers'."""
 
-    dataset: str = "sprites:3:2000"
     output_dir: str = "outputs/augmentation"
-    modality: str | None = field(default=None, metadata={"help": "name:kind[:column]; guessed"})
-    label: str | None = field(default=None, metadata={"help": "column of the classes; guessed; of the built-in sprites their shape"})
     counts: list[int] = field(default_factory=lambda: [10, 50, 200], metadata={"help": "labels per class"})
     draws: int = field(default=5, metadata={"help": "of which rows have labels, and of all else that is random"})
     unlabelled: bool = field(default=False, metadata={"help": "show the generator the other training rows too, without their labels"})
@@ -56,33 +62,20 @@ class AugmentationRun(RunArguments):
     generated: int = field(default=200, metadata={"help": "generated rows of each class"})
     latents: str = field(default="between", metadata={"help": "of generated rows: between two real rows of the class, or from the prior"})
     kept: float = field(default=1.0, metadata={"help": "share of them that is kept: those that the classifier of real rows is surest of"})
-    vaes: str = field(default="{}", metadata={"help": "fields of the configuration of generator and classifiers, by kind"})
     generator: str = field(default="{}", metadata={"help": "fields of the generator's configuration alone"})
-    classifier: str = field(default="{}", metadata={"help": "fields of the classifiers' configuration alone"})
     generator_run: str = field(default="{}", metadata={"help": "options of training that the generator has otherwise"})
-    tokenizer: str = field(default="whitespace", metadata={"help": "whitespace, bpe, or the id or path of a pretrained one"})
-    vocab_size: int = field(default=10_000, metadata={"help": "most tokens of a trained tokenizer, special ones included"})
-    augmentation: str = field(default="{}", metadata={"help": 'random changes to training pictures: {"shift": 2, "rotation": 15}'})
     batch_size: int = 64
-    max_steps: int | None = 400
     learning_rate: float = 2e-3
-    lr_schedule: str = "cosine_with_min_lr"
-    lr_options: str = '{"min_lr_rate": 0.02}'
-    warmup_steps: int = 40
-    max_grad_norm: float | None = None
-    kl_options: str = '{"steps": 100}'
-    log_every: int = 200
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("vaes", "generator", "classifier", "generator_run", "augmentation"):
+        for option in ("generator", "generator_run"):
             setattr(self, option, mapping(option, getattr(self, option)))
         if min(self.draws, self.generated, *self.counts) < 1 or not 0 < self.kept <= 1:
             received = f"{self.counts}, {self.draws}, {self.generated}, {self.kept}"
             raise ValueError(f"counts, draws, generated, kept: received {received}, expected at least 1, and a share in (0, 1]")
         if self.latents not in ("between", "prior"):
             raise ValueError(f"latents: received {self.latents!r}, expected 'between' or 'prior'")
-        self.label = self.label or ("shape" if self.dataset.startswith("sprites") else None)
 
 
 def between(model: ClassVAE, rows: Rows, labels: Tensor, seed: int) -> Tensor:

@@ -28,63 +28,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoProcessor
 
-from mmvae import ImageVAEForImageClassification, TextVAEForSequenceClassification
 from mmvae.charts import against
 from mmvae.data import Augmentation, Column, ImageColumn, Loader, PartlyLabelled, read_labels
 from mmvae.evaluation import binarization, predict
-from mmvae.experiment import RunArguments, parse, start
+from mmvae.experiment import parse, start
 from mmvae.hub import write_metrics
 from mmvae.modalities import overridden, read_columns
 from mmvae.models.heads import ClassifierOutput, LatentClassifier
 from mmvae.options import mapping
 from mmvae.pictures import table
-from mmvae.study import LabelledData, mean_and_deviation, one_modality, train_classifier, train_once
+from mmvae.study import CLASSIFIERS, LabelledData, StudyRun, mean_and_deviation, one_modality, train_classifier, train_once
 
-CLASSIFIERS = {kind.config_class: kind for kind in (ImageVAEForImageClassification, TextVAEForSequenceClassification)}
 METHODS = ("fine-tuned", "joint", "plain", "logistic")
 PLACES = ("dataset", "output_dir", "vae", "hub_token")
 
 
 @dataclass
-class CompareRun(RunArguments):
-    """Defaults that suit the shapes of the built-in sprites; the options of training are the classifiers'."""
+class CompareRun(StudyRun):
+    """Options of the study; those of training are the classifiers'."""
 
-    dataset: str = "sprites:3:2000"
     output_dir: str = "outputs/compare"
     methods: list[str] = field(default_factory=lambda: ["fine-tuned", "plain", "logistic"], metadata={"help": ", ".join(METHODS)})
     vae: str | None = field(default=None, metadata={"help": "folder or Hub id of a trained VAE; trained here when None"})
     vae_run: str = field(default="{}", metadata={"help": "options of training that this VAE has otherwise"})
-    modality: str | None = field(default=None, metadata={"help": "name:kind[:column]; guessed"})
-    label: str | None = field(default=None, metadata={"help": "column of the classes; guessed; of the built-in sprites their shape"})
     labels_per_class: list[int] = field(default_factory=lambda: [10, 0], metadata={"help": "training labels of each class; 0: all"})
     seeds: int = 3
-    vaes: str = field(default="{}", metadata={"help": "fields of the VAE's configuration, by kind"})
-    classifier: str = field(default="{}", metadata={"help": "fields of the classifiers' configuration alone"})
     alpha: float = field(default=100.0, metadata={"help": "jointly: weight of the cross-entropy"})
-    tokenizer: str = field(default="whitespace", metadata={"help": "whitespace, bpe, or the id or path of a pretrained one"})
-    vocab_size: int = field(default=10_000, metadata={"help": "most tokens of a trained tokenizer, special ones included"})
-    augmentation: str = field(default="{}", metadata={"help": 'random changes to training pictures: {"shift": 2, "rotation": 15}'})
     batch_size: int = 32
-    max_steps: int | None = 400
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.01
-    lr_schedule: str = "cosine_with_min_lr"
-    lr_options: str = '{"min_lr_rate": 0.02}'
-    warmup_steps: int = 40
-    max_grad_norm: float | None = None
-    kl_options: str = '{"steps": 100}'
-    log_every: int = 200
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("vae_run", "vaes", "classifier", "augmentation"):
-            setattr(self, option, mapping(option, getattr(self, option)))
+        self.vae_run = mapping("vae_run", self.vae_run)
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"methods: received {method!r}, expected some of {', '.join(METHODS)}")
         if self.seeds < 1 or min(self.labels_per_class) < 0:
             raise ValueError(f"seeds, labels_per_class: received {self.seeds}, {self.labels_per_class}, expected at least 1, and 0 or more")
-        self.label = self.label or ("shape" if self.dataset.startswith("sprites") else None)
 
 
 def plain(kind: type[LatentClassifier]) -> type[LatentClassifier]:
