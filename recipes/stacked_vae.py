@@ -3,17 +3,21 @@
     accelerate launch recipes/image_vae.py --config recipes/configs/image_features_mnist.yaml --dataset path/to/mnist
     accelerate launch recipes/stacked_vae.py --config recipes/configs/stacked_mnist.yaml --dataset path/to/mnist --label_seed 0
 
-The folder holds both: it tells the classes of pictures or texts, and draws them by class. Results: see the configs.
+With --spread_neighbours the labels first spread to rows that lie near in the VAE's latent. The folder holds both models: it tells the
+classes of pictures or texts, and draws them by class. Results: see the configs.
 """
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 from mmvae import StackedVAE
-from mmvae.data import Augmentation, ImageColumn, splits
+from mmvae.baselines import posterior_means
+from mmvae.data import Augmentation, ImageColumn, Rows, splits
+from mmvae.data.labels import spread_labels
 from mmvae.data.partly_labelled import LabelArguments, partly_labelled
 from mmvae.evaluation import binarization
 from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
@@ -28,6 +32,8 @@ class StackedArguments(LabelArguments):
     """Options of M2."""
 
     label_column: str | None = "label"
+    spread_neighbours: int = field(default=0, metadata={"help": "labels spread over so many nearest neighbours by the VAE; 0: not"})
+    spread_least: float = field(default=0.5, metadata={"help": "share of what reaches a row that its class must have"})
     modality: str | None = field(default=None, metadata={"help": "name:kind[:column]; the column is guessed"})
     augmentation: str = field(default="{}", metadata={"help": 'random changes to training pictures: {"shift": 2}'})
     latent_dim: int = 32
@@ -50,7 +56,7 @@ class StackedRun(RunArguments):
     kl_options: str = "{}"
 
 
-DATA = ("modality", "augmentation", "label_column", "labels_per_class", "label_repeats", "label_seed")
+DATA = ("modality", "augmentation", "spread_neighbours", "spread_least", "label_column", "labels_per_class", "label_repeats", "label_seed")
 
 
 def main() -> None:
@@ -63,7 +69,14 @@ def main() -> None:
     columns = dict.fromkeys(data, column)
     if isinstance(column, ImageColumn):
         columns["train"] = replace(column, augmentation=Augmentation(**made.augmentation))
-    rows, classes = partly_labelled(data, columns, made, name=args.dataset, seed=args.seed)
+
+    def spread(told: Tensor) -> Tensor:
+        if not made.spread_neighbours:
+            return told
+        ((_, latents),) = posterior_means(accelerator, below.to(accelerator.device).eval(), Rows(data["train"], column)).values()
+        return spread_labels(latents, told, made.spread_neighbours, made.spread_least)
+
+    rows, classes = partly_labelled(data, columns, made, name=args.dataset, seed=args.seed, spread=spread)
     loaders = make_loaders(accelerator, args, rows)
     options = {f.name: getattr(made, f.name) for f in fields(StackedArguments) if f.name not in DATA}
     torch.manual_seed(args.seed)

@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 from mmvae import MMVAEConfig
 from mmvae.data import BadRow, ImageColumn, LabelColumn, TextColumn, sprites
+from mmvae.data.labels import spread_labels
 from mmvae.data.partly_labelled import LabelArguments, PartlyLabelled, partly_labelled
 from mmvae.distributions import kl_per_dimension
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
@@ -373,6 +374,28 @@ def test_few_rows_tell_their_class_and_come_more_often():
     assert torch.equal(every.batch(every.numbers, every.numbers)["labels"], known)
     others = [PartlyLabelled(rows, ImageColumn("image", 16), labels, per_class=2, **o) for o in ({"seed": 3}, {"seed": 4})]
     assert len({part.fingerprint, every.fingerprint, *(o.fingerprint for o in others)}) == 4
+
+
+def test_labels_spread_along_the_data_and_not_across_a_gap():
+    angle = torch.linspace(0, 2 * torch.pi, 61)[:-1]
+    circle = torch.stack([angle.cos(), angle.sin()], 1)
+    features = torch.cat([circle, 2 * circle, 9 + circle])  # two circles, one within the other, and one that no label reaches
+    truth = torch.arange(2).repeat_interleave(60)
+    told = torch.full((180,), -100)
+    told[[7, 90]] = torch.tensor([0, 1])
+    found = spread_labels(features, told, neighbours=4)
+    assert torch.equal(found[:120], truth) and (found[120:] == -100).all()
+    both = spread_labels(features[:120], told[:120], neighbours=119, least=0.9)
+    assert both[7] == 0 and both[90] == 1 and (both == -100).sum() > 20
+    rows = sprites(num_rows=60)
+    labels = LabelColumn("shape", tuple(rows.features["shape"].names))
+    part = PartlyLabelled(rows, ImageColumn("image", 16), labels, per_class=1, spread=lambda told: told.where(told >= 0, 2))
+    batch = part.batch(part.numbers, part.numbers)
+    assert part.num_told == 3 and sorted(batch["labels"][:3].tolist()) == [0, 1, 2] and (batch["labels"][3:] == 2).all()
+    with pytest.raises(ValueError, match="neighbours: received 60 for 60 rows, expected 1 to 59"):
+        spread_labels(circle, told[:60], 60)
+    with pytest.raises(ValueError, match="labels: received none, expected at least 1"):
+        spread_labels(circle, torch.full((60,), -100))
 
 
 def test_rows_that_cannot_tell_their_class_are_named():

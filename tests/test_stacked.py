@@ -101,7 +101,7 @@ def test_the_recipe_leaves_a_folder_that_classifies_and_draws(tmp_path):
     ImageVAEImageProcessor(size={"height": 8, "width": 8}, num_channels=1).save_pretrained(below)
     options = ["--dataset", str(data), "--vae", str(below), "--output_dir", str(tmp_path / "out"), "--mixed_precision", "no"]
     options += ["--labels_per_class", "2", "--label_repeats", "2", "--batch_size", "8", "--num_epochs", "2", "--hidden_size", "8"]
-    assert run("stacked_vae", [*options, "--latent_dim", "2", "--augmentation", '{"shift": 1}'])["exit"] == 0
+    assert run("stacked_vae", [*options, "--latent_dim", "2", "--spread_neighbours", "5", "--augmentation", '{"shift": 1}'])["exit"] == 0
     figures = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
     assert {"accuracy", "neg_elbo_nats", "kl_nats"} < figures.keys() and (tmp_path / "out" / "figures" / "classes.png").exists()
     card = (tmp_path / "out" / "README.md").read_text()

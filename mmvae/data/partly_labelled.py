@@ -1,10 +1,11 @@
 """Training rows of which only some tell their class: for learning from few labels, or for trying what few labels give.
 
-A row's label is what the data set says, and is -100 in batches where it is kept back or the data set has none.
+A row's label is what the data set says, and is -100 in batches where it is kept back or the data set has none, unless the labels that are
+told are spread to other rows.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class PartlyLabelled(Rows):
         seed: decides which.
         repeats: how often they come in an epoch, each time as a row of its own with its own noise: where few rows of many tell their label,
             batches without one give a noisy gradient.
+        spread: makes of the labels (N,) that are told, -100 elsewhere, those of the batches: :func:`mmvae.data.labels.spread_labels`.
         name, options: as for `Rows`.
 
     Attributes:
@@ -48,6 +50,7 @@ class PartlyLabelled(Rows):
         per_class: int | None = None,
         seed: int = 0,
         repeats: int = 1,
+        spread: Callable[[Tensor], Tensor] = lambda told: told,
         name: str = "data",
         **options: Any,
     ) -> None:
@@ -60,16 +63,15 @@ class PartlyLabelled(Rows):
         first = told.nonzero().flatten().repeat(repeats)
         self.num_told = len(first)
         order = torch.cat([first, (~told).nonzero().flatten()])
-        every = [columns] if isinstance(columns, Column) else list(columns)
-        super().__init__(dataset.select(order.tolist()), [*every, labels], name=name, **options)
+        self._labels = spread(known.where(told, -100))[order]
+        super().__init__(dataset.select(order.tolist()), columns, name=name, **options)
 
     def batch(self, rows: Tensor, keys: Tensor, values: Any = None) -> dict[str, Tensor]:
         """Inputs of some rows; see `Rows.batch`."""
-        inputs = super().batch(rows, keys, values)
-        return inputs | {"labels": inputs["labels"].where(rows < self.num_told, -100)}
+        return super().batch(rows, keys, values) | {"labels": self._labels[rows]}
 
     def _fingerprint(self) -> str:
-        return hashlib.sha256(f"{super()._fingerprint()} {self.num_told}".encode()).hexdigest()
+        return hashlib.sha256(f"{super()._fingerprint()} {self._labels.tolist()}".encode()).hexdigest()
 
 
 _OF_THE_MODEL = ("classifier_hidden_size", "classifier_dropout", "classifier_alpha", "least_probability")
@@ -90,7 +92,14 @@ class LabelArguments:
 
 
 def partly_labelled(
-    data: Mapping[str, Any], columns: Mapping[str, Column], args: LabelArguments, *, name: str = "data", seed: int = 0, **reading: Any
+    data: Mapping[str, Any],
+    columns: Mapping[str, Column],
+    args: LabelArguments,
+    *,
+    name: str = "data",
+    seed: int = 0,
+    spread: Callable[[Tensor], Tensor] = lambda told: told,
+    **reading: Any,
 ) -> tuple[dict[str, Rows], dict[str, Any]]:
     """Rows of every split with their labels, of which training shows some, and what a configuration wants to know of the classes.
 
@@ -99,8 +108,9 @@ def partly_labelled(
         columns: what to read besides the labels, by split.
         args: the options; without a ``label_column`` there are no labels.
         name: of the data set, for errors.
-        reading: options of `Rows`.
         seed: decides which rows tell their label, where the options have no seed for it.
+        spread: as for `PartlyLabelled`.
+        reading: options of `Rows`.
 
     Returns:
         Rows by split; and options of the model's configuration, ``num_classes`` and ``id2label`` among them, or none without labels.
@@ -118,6 +128,7 @@ def partly_labelled(
         "per_class": args.labels_per_class,
         "seed": seed if args.label_seed is None else args.label_seed,
         "repeats": args.label_repeats,
+        "spread": spread,
     }
     rows: dict[str, Rows] = {
         split: PartlyLabelled(part, columns[split], labels, name=name, **options, **reading)
