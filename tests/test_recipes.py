@@ -323,6 +323,13 @@ def joint_evaluation(root: Path) -> list[str]:
     return [*map(str, options), "--conditional_samples", "2", "--num_generated", "102", "--batch_size", "30"]
 
 
+def classification(data: dict, joint: str, folder: Path) -> list[str]:
+    """Options of a classifier of sentences."""
+    vae = {"text": {"hidden_size": 8, "embedding_size": 8, "latent_dim": 4}}
+    argv = ["--dataset", str(data["text_vae"]), "--joint", joint, "--vaes", json.dumps(vae), "--batch_size", "8", "--num_epochs", "2"]
+    return [*argv, "--log_every", "1", "--mixed_precision", "no", "--output_dir", str(folder)]
+
+
 @pytest.fixture(scope="module")
 def ranks(finished, data, tmp_path_factory):
     """Many runs on two gloo ranks, in one launch."""
@@ -337,6 +344,9 @@ def ranks(finished, data, tmp_path_factory):
     for name, split in (("text_vae", "test"), ("image_vae", "validation")):
         argv = ["--model", str(finished / name), "--dataset", data[name], "--split", split, "--importance_samples", "3"]
         runs[f"evaluate {name}"] = {"name": "evaluate", "argv": [*argv, "--output", str(root / f"{name}.json")]}
+    runs |= {
+        f"classify {joint}": {"name": "classification", "argv": classification(data, joint, root / joint)} for joint in ("true", "false")
+    }
     runs["evaluate joint"] = {"name": "evaluate", "argv": [*joint_evaluation(root / "joint"), "--output", str(root / "joint.json")]}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(SCRIPT), "ranks"]
     command.append(json.dumps({"report": str(root), "runs": list(runs.values())}))
@@ -395,6 +405,18 @@ def test_figures_of_a_joint_model_do_not_depend_on_the_number_of_ranks_or_the_ba
     ways = {"image_to_en/recall_at_1", "all_to_de/bleu", "en_to_de/tfidf_bleu", "de_to_en/tfidf_chrf", "joint/coherence"}
     assert ways | {"probe/all", "probe/image", "probe/majority", "conditional_nll_nats_en", "image/classifier_accuracy"} <= one.keys()
     assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("joint", ["true", "false"])
+def test_two_ranks_train_and_measure_the_classifier_that_one_does(ranks, data, tmp_path, joint):
+    one = run("classification", classification(data, joint, tmp_path))
+    first, second = (report[f"classify {joint}"] for report in ranks[1])
+    assert first["exit"] == 0 and first["weights"] == second["weights"]
+    for mine, theirs in zip(one["history"], first["history"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    again, expected = (json.loads((folder / "metrics.json").read_text())["metrics"] for folder in (ranks[0] / joint, tmp_path))
+    assert {"accuracy", "macro_f1", "calibration_error"} <= expected.keys()
+    assert again == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 # ---- launch configurations
