@@ -81,7 +81,12 @@ def linear_probe(
     Returns:
         ``probe/<modality>``, and of a joint model ``probe/all``, accuracies in [0, 1] among the rows that have the modality, where training
         rows have it too; a class that no training row has is never told. ``probe/majority``: the share of the most frequent training class.
+
+    Raises:
+        ValueError: for a model without a latent.
     """
+    if not model.config.latent_dim:
+        raise ValueError("label: received a model with latent_dim 0, a language model, expected one with a latent to read classes from")
     numbers = {label: number for number, label in enumerate(dict.fromkeys(known_labels))}
     truths, known_truths = (torch.tensor([numbers.get(label, -1) for label in each]) for each in (labels, known_labels))
     figures, learned = {}, posterior_means(accelerator, model, known)

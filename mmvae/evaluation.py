@@ -99,17 +99,18 @@ def evaluate_elbo(
         detailed: also the mutual information (of at most 10,000 rows), and for pictures PSNR and SSIM of the reconstructions.
 
     Returns:
-        ``neg_elbo_nats``, ``reconstruction_nats``, ``kl_nats`` per row, ``active_units``; for texts ``tokens`` per row; of a joint model
-        ``reconstruction_nats_<modality>``, in which a row without it counts 0; of a model with classes, which is not told them here,
-        ``accuracy`` of q(y|x) among the rows that have a label.
+        ``neg_elbo_nats``, ``reconstruction_nats``, ``kl_nats`` per row; where there is a latent ``active_units``; for texts ``tokens`` per
+        row; of a joint model ``reconstruction_nats_<modality>``, in which a row without it counts 0; of a model with classes, which is not
+        told them here, ``accuracy`` of q(y|x) among the rows that have a label.
     """
-    moments = _Moments(accelerator)
+    moments, latent = _Moments(accelerator), math.prod(unwrap(model).latent_shape)
 
     def measure(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         key = fold(seed, _ELBO, batch["row"])
         inputs = _untold(model_inputs(model, transform(batch, key) if transform else batch))
         out = model(**inputs, sample_posterior=True, noise_key=key)
-        moments.add(out.latent_mean, out.latent_logvar, batch["row"], batch["row_weight"])
+        if latent:
+            moments.add(out.latent_mean, out.latent_logvar, batch["row"], batch["row_weight"])
         values = {"neg_elbo_nats": -out.elbo, "reconstruction_nats": -out.log_px, "kl_nats": out.kl}
         if not isinstance(unwrap(model), VAEModel):
             each = out.log_px.unsqueeze(1) if out.log_px_by_modality is None else out.log_px_by_modality  # None: a joint model of one
@@ -122,6 +123,8 @@ def evaluate_elbo(
     figures = evaluate(accelerator, measure, loader, models=[model])
     if labelled := figures.pop("labelled", 0.0):
         figures["accuracy"] /= labelled
+    if not latent:
+        return figures
     q, rows = moments.gathered()
     figures["active_units"] = active_units(q.mean) if len(q.mean) > 1 else 0
     if detailed:
@@ -160,8 +163,9 @@ def evaluate_vae(
         num_samples: importance samples per row; 0 leaves the likelihood out.
 
     Returns:
-        Also ``nll_nats`` per row; for text ``perplexity`` :math:`e^{\mathrm{nll} / \mathrm{tokens}}` and ``perplexity_elbo``; for 8-bit
-        pictures with a discretized likelihood, and without ``transform``, ``bits_per_dim``.
+        Also ``nll_nats`` per row, which without a latent is -ELBO, no estimate; for text ``perplexity``
+        :math:`e^{\mathrm{nll} / \mathrm{tokens}}` and ``perplexity_elbo``; for 8-bit pictures with a discretized likelihood, and without
+        ``transform``, ``bits_per_dim``.
     """
     figures = evaluate_elbo(accelerator, model, loader, seed=seed, transform=transform, detailed=True)
     inner = unwrap(model)
@@ -173,12 +177,14 @@ def evaluate_vae(
         with accelerator.autocast():
             return {"nll_nats": -inner.log_marginal(num_samples=num_samples, noise_key=key, **inputs)}
 
-    if num_samples:
+    if not math.prod(inner.latent_shape):
+        figures["nll_nats"] = figures["neg_elbo_nats"]
+    elif num_samples:
         figures |= evaluate(accelerator, measure, loader, models=[inner])
         figures["importance_samples"] = num_samples
     if "tokens" in figures:
         figures["perplexity_elbo"] = perplexity(figures["neg_elbo_nats"], figures["tokens"])
-        if num_samples:
+        if "nll_nats" in figures:
             figures["perplexity"] = perplexity(figures["nll_nats"], figures["tokens"])
     elif transform is None and getattr(inner.config, "likelihood", None) == "discretized_logistic":
         dims = math.prod(inner.config.height_width) * inner.config.num_channels

@@ -166,7 +166,7 @@ def _usage(config: Mapping[str, Any], architecture: str) -> dict[str, str]:
     imported = f"from transformers import {reader}, AutoProcessor"
     if reader == architecture:
         imported = f"from mmvae import {reader}\nfrom transformers import AutoProcessor"
-    text = _USAGE.get(task, "")
+    text = "".join(_USAGE["text_vae"].splitlines(keepends=True)[:3]) if config.get("latent_dim") == 0 else _USAGE.get(task, "")
     text += _BY_CLASS if config.get("num_classes") and task == kind else ""
     usage = text.format(modalities=" and ".join(names), first=names[0], last=names[-1]) if names else text
     return {"imports": imported, "reader": reader, "usage": usage}

@@ -22,7 +22,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 def fold_leading(x: Tensor, event_dims: int) -> tuple[Tensor, torch.Size]:
     """(*, *event) -> (N, *event) and the leading shape (*) that ``y.unflatten(0, leading)`` restores."""
     leading = x.shape[: x.dim() - event_dims]
-    return x.reshape(-1, *x.shape[x.dim() - event_dims :]), leading
+    return x.reshape(leading.numel(), *x.shape[x.dim() - event_dims :]), leading
 
 
 def some_rows(mask: Tensor) -> Tensor | None:

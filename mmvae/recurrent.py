@@ -93,7 +93,7 @@ class GRUDecoder(nn.Module):
     """Token states given the tokens before and a latent, which is the initial state and part of every input.
 
     Arguments:
-        vocab_size: V; embedding_size: E; hidden_size: H; latent_dim: D.
+        vocab_size: V; embedding_size: E; hidden_size: H; latent_dim: D; where that is 0, the initial state is 0.
         num_layers: number of layers.
         embedding_dropout: on the embeddings.
         dropout: on the states and between layers.
@@ -116,7 +116,7 @@ class GRUDecoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, embedding_size)
         self.embedding_dropout = nn.Dropout(embedding_dropout)
-        self.to_state = nn.Linear(latent_dim, num_layers * hidden_size)
+        self.to_state = nn.Linear(latent_dim, num_layers * hidden_size) if latent_dim else None
         between = dropout if num_layers > 1 else 0.0
         self.gru = nn.GRU(embedding_size + latent_dim, hidden_size, num_layers, batch_first=True, dropout=between)
         self.dropout = nn.Dropout(dropout)
@@ -135,7 +135,8 @@ class GRUDecoder(nn.Module):
             The states to predict from, (N, T, H or E), and the last state (num_layers, N, H).
         """
         if hidden is None:
-            hidden = self.to_state(z).tanh().unflatten(1, (self.gru.num_layers, -1)).transpose(0, 1).contiguous()
+            hidden = z.new_zeros(len(z), self.gru.num_layers * self.gru.hidden_size) if self.to_state is None else self.to_state(z).tanh()
+            hidden = hidden.unflatten(1, (self.gru.num_layers, -1)).transpose(0, 1).contiguous()
         x = self.embedding_dropout(self.embed_tokens(tokens))
         y, hidden = self.gru(torch.cat([x, z.unsqueeze(1).expand(-1, x.shape[1], -1).to(x.dtype)], -1), hidden.to(x.dtype))
         y = y if self.skip is None else y + self.skip(z).unsqueeze(1)

@@ -35,7 +35,7 @@ def evaluate_sentences(
     num_beams: int = 1,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Reconstruct the first rows from their posterior's mean, and draw as many sentences from the prior, word by word.
+    """Draw sentences from the prior, word by word, and reconstruct as many first rows from their posterior's mean, where there is one.
 
     Arguments:
         accelerator: its ranks share the work, and all get the figures.
@@ -48,16 +48,28 @@ def evaluate_sentences(
         num_beams: of reconstructions.
         seed: of the samples.
     """
-    parts = []
-    for n, numbers, inputs in chunks(accelerator, model, rows, num_generated):
-        longest = inputs["input_ids"].shape[1] + 10
-        made = decode_text(tokenizer, model.reconstruct(**inputs, num_beams=num_beams, max_new_tokens=longest))
-        parts += [(n, text, truths[number]) for text, number in zip(made, numbers.tolist(), strict=True)]
-    made, true = zip(*[part[1:] for part in sorted(gather_object(parts), key=lambda part: part[0])], strict=True)
-    drawn = []
-    for n in range(accelerator.process_index, -(-num_generated // CHUNK), accelerator.num_processes):
-        with seeded(torch.Generator().manual_seed(fold(seed, _SAMPLES, n))):  # words are drawn by torch's global generator
-            drawn += decode_text(tokenizer, model.sample(min(CHUNK, num_generated - n * CHUNK), do_sample=True))
-    texts = sorted(gather_object(drawn))  # in an order that the number of ranks does not change
-    figures = {"reconstruction": text_scores(made, true), "samples": diversity(texts, known)}
+    figures = {"samples": diversity(samples(accelerator, model, tokenizer, num_generated, seed=seed), known)}
+    if model.config.latent_dim:
+        parts = []
+        for n, numbers, inputs in chunks(accelerator, model, rows, num_generated):
+            longest = inputs["input_ids"].shape[1] + 10
+            made = decode_text(tokenizer, model.reconstruct(**inputs, num_beams=num_beams, max_new_tokens=longest))
+            parts += [(n, text, truths[number]) for text, number in zip(made, numbers.tolist(), strict=True)]
+        made, true = zip(*[part[1:] for part in sorted(gather_object(parts), key=lambda part: part[0])], strict=True)
+        figures["reconstruction"] = text_scores(made, true)
     return {f"{kind}/{name}": value for kind, each in figures.items() for name, value in each.items()}
+
+
+@torch.no_grad()
+def samples(accelerator: Accelerator, model: TextVAE, tokenizer: Any, num_samples: int, *, seed: int = 0) -> list[str]:
+    """Sentences from the prior, every word drawn, sorted: in an order that the number of ranks does not change.
+
+    Arguments:
+        accelerator, model, tokenizer, seed: as for :func:`evaluate_sentences`.
+        num_samples: how many.
+    """
+    drawn = []
+    for n in range(accelerator.process_index, -(-num_samples // CHUNK), accelerator.num_processes):
+        with seeded(torch.Generator().manual_seed(fold(seed, _SAMPLES, n))):  # words are drawn by torch's global generator
+            drawn += decode_text(tokenizer, model.sample(min(CHUNK, num_samples - n * CHUNK), do_sample=True))
+    return sorted(gather_object(drawn))

@@ -3,6 +3,7 @@
     accelerate launch recipes/text_vae.py                                              # built-in captions, about a minute
     accelerate launch recipes/text_vae.py --config recipes/configs/text_vae_ptb.yaml --dataset path/to/ptb
     accelerate launch recipes/text_vae.py --dataset path/to/trec --label_column label --labels_per_class 50    # with classes
+    accelerate launch recipes/text_vae.py --config recipes/configs/language_model_ptb.yaml --dataset path/to/ptb    # without a latent
 
 Start the same command again after a stop and it goes on where it was. Results so far: see the configs.
 """
@@ -31,7 +32,7 @@ class TextArguments(LabelArguments):
     text_column: str | None = field(default=None, metadata={"help": "column of the text; guessed when there is only one"})
     tokenizer: str = field(default="whitespace", metadata={"help": "whitespace, bpe, or the id or path of a pretrained one"})
     vocab_size: int = field(default=10_000, metadata={"help": "most tokens of a trained tokenizer, special ones included"})
-    latent_dim: int = 32
+    latent_dim: int = field(default=32, metadata={"help": "0: a language model"})
     embedding_size: int = 256
     hidden_size: int = 256
     encoder_layers: int = 1
@@ -91,25 +92,32 @@ def main() -> None:
     unfitted(model, text.densities)  # refuses what cannot be, before any work
 
     def show(model: TextVAE, step: int) -> dict[str, str]:
-        sentences = decode_text(tokenizer, model.sample(4, torch.Generator().manual_seed(args.seed), max_new_tokens=30))
+        options = {"do_sample": not text.latent_dim, "max_new_tokens": 30}  # a language model has but one likeliest sentence
+        sentences = decode_text(tokenizer, model.sample(4, torch.Generator().manual_seed(args.seed), **options))
         print(f"step {step}, samples:", *sentences, sep="\n  ")
         return {"samples": table({"sample": sentences})}
 
     def draw(model: TextVAE, figures: Path) -> dict[str, str]:
+        generator = torch.Generator().manual_seed(args.seed)
+        samples = {}
+        if text.latent_dim:
+            samples["from the prior, beam 4"] = decode_text(tokenizer, model.sample(8, generator, num_beams=4, max_new_tokens=40))
+        samples["from the prior, sampled words"] = decode_text(tokenizer, model.sample(8, generator, do_sample=True, max_new_tokens=40))
+        tables = {"Samples": table(samples)} | (of_the_latent(model, generator) if text.latent_dim else {})
+        figures.joinpath("sentences.md").write_text("\n".join(f"## {k}\n\n{v}" for k, v in tables.items()), encoding="utf-8")
+        return tables
+
+    def of_the_latent(model: TextVAE, generator: torch.Generator) -> dict[str, str]:
         batch = next(Loader(rows["validation"], 8, seed=args.seed, pool=0).batches(0))  # of any length, not the shortest ones
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
         latents = model.encode(ids, mask).mean
         options = {"max_new_tokens": ids.shape[1] + 10}
         again = decode_text(tokenizer, model.reconstruct(input_ids=ids, attention_mask=mask, num_beams=4, **options))
         seen = decode_text(tokenizer, ids)
-        generator = torch.Generator().manual_seed(args.seed)
-        greedy = decode_text(tokenizer, model.sample(8, generator, num_beams=4, max_new_tokens=40))
-        drawn = decode_text(tokenizer, model.sample(8, generator, do_sample=True, max_new_tokens=40))
         likely = {"class_labels": model.classify(input_ids=ids[:1], attention_mask=mask[:1]).argmax(1)} if classes else {}
         walk = decode_text(tokenizer, model.interpolate(latents[:1], latents[-1:], 7, num_beams=4, **options, **likely))
         tables = {
             "Reconstructions": table({"original": seen, "reconstruction (beam 4)": again}),
-            "Samples": table({"from the prior, beam 4": greedy, "from the prior, sampled words": drawn}),
             "Interpolation": table({"between two sentences": walk}),
         }
         if classes:
@@ -118,7 +126,6 @@ def main() -> None:
             tables["Sentences by class"] = table(
                 {"class": [classes["id2label"][number] for number in every], "from the prior, beam 4": drawn}
             )
-        figures.joinpath("sentences.md").write_text("\n".join(f"## {k}\n\n{v}" for k, v in tables.items()), encoding="utf-8")
         return tables
 
     result = train(accelerator, args, model, loaders, show=show)

@@ -58,7 +58,7 @@ def test_assignment_is_checked_too(config_class, tmp_path):
     config = config_class()
     with pytest.raises((ValueError, StrictDataclassError), match="latent_dim"):
         config.latent_dim = "4"
-    config.latent_dim = 0  # its range is checked when it is saved
+    config.latent_dim = -1  # its range is checked when it is saved
     with pytest.raises((ValueError, StrictDataclassError), match="latent_dim"):
         config.save_pretrained(tmp_path)
 

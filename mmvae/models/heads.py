@@ -78,6 +78,8 @@ class LatentClassifier(HeadedVAE):
         vae = self.vae_class(config)
         setattr(self, self.base_model_prefix, vae)
         width, hidden = math.prod(vae.latent_shape) * (2 if config.classifier_features == "moments" else 1), config.classifier_hidden_size
+        if not width:
+            raise ValueError(f"{type(config).__name__}.latent_dim: received 0, expected at least 1: a classifier reads the latent")
         layers = [nn.Dropout(config.classifier_dropout)]
         if hidden:
             layers += [nn.Linear(width, hidden), nn.SiLU(), nn.Dropout(config.classifier_dropout)]

@@ -87,10 +87,10 @@ class StackedVAE(ClassVAE):
             received = f"{getattr(config.below, 'model_type', config.below)!r} with {config.num_classes} classes"
             raise ValueError(f"StackedVAEConfig.below, num_classes: received {received}, expected a VAE's configuration and at least 2")
         self.below = AutoModel.from_config(config.below).requires_grad_(False)
-        if not isinstance(self.below, VAEModel) or len(self.below.latent_shape) != 1 or getattr(config.below, "num_classes", 0):
+        size, hidden, shape = config.below.latent_dim, config.hidden_size, self.below.latent_shape
+        if not isinstance(self.below, VAEModel) or len(shape) != 1 or not size or getattr(config.below, "num_classes", 0):
             expected = "expected a VAE of one modality without classes whose latent is a vector"
-            raise ValueError(f"StackedVAEConfig.below: received {config.below.model_type!r}, {expected}")
-        size, hidden = config.below.latent_dim, config.hidden_size
+            raise ValueError(f"StackedVAEConfig.below: received {config.below.model_type!r} with a latent of shape {shape}, {expected}")
         drop = nn.Dropout(config.dropout)
         self.encoder = nn.Sequential(nn.Linear(size, hidden), nn.SiLU(), drop, nn.Linear(hidden, hidden), nn.SiLU(), drop)
         self.to_moments = nn.Linear(hidden, 2 * config.latent_dim)

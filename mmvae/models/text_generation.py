@@ -133,6 +133,20 @@ class TextGeneration(ClassVAE, GenerationMixin):
         """The next tokens (N,) by their scores (N, V)."""
         return scores.softmax(-1).multinomial(1).squeeze(1) if generation_config.do_sample else scores.argmax(-1)
 
+    def reconstruct(self, **inputs: Any) -> Tensor:
+        """Sentences of the posterior's mean; see :meth:`ClassVAE.reconstruct`. A language model has none: ValueError."""
+        self._needs_latent("reconstruct")
+        return super().reconstruct(**inputs)
+
+    def interpolate(self, *ends: Tensor, **options: Any) -> Tensor:
+        """Sentences between latents; see :meth:`ClassVAE.interpolate`. A language model has none: ValueError."""
+        self._needs_latent("interpolate")
+        return super().interpolate(*ends, **options)
+
+    def _needs_latent(self, what: str) -> None:
+        if not self.config.latent_dim:
+            raise ValueError(f"{what}: received a {type(self).__name__} with latent_dim 0, a language model, expected one with a latent")
+
     def render(self, z: Tensor, **options: Any) -> Tensor:
         """Sentences as token ids; see :meth:`generate`."""
         return self.generate(latents=z, **options)

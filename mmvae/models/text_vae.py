@@ -3,6 +3,7 @@ r"""A sentence VAE: GRU encoder, GRU decoder that is fed the latent as its initi
     q(z|x) = N(mu(s), sigma^2(s)),  s the encoder's summary;    p(x|z) = prod_t softmax(W h_t + b)_{x_t},
     h_0 = tanh(U z),  h_t = GRU([e(x_{t-1}); z], h_{t-1})
 
+With D = 0 that is a language model: there is no encoder, the KL divergence is 0 and the ELBO is log p(x), exactly.
 A row is BOS ... EOS, padded at either side; EOS is scored, BOS is not, padding never. Losses are sums over a row's tokens, in nats.
 Shapes: ``B`` batch, ``T`` tokens with BOS, ``D`` latent, ``H`` hidden, ``V`` vocabulary.
 
@@ -31,12 +32,16 @@ from mmvae.objectives import Objective
 from mmvae.recurrent import GRUDecoder, GRUEncoder, GRUState, linear_cross_entropy, right_padded
 from mmvae.terms import Terms
 
+_OF_A_LATENT = ("bidirectional", "bow_weight", "encoder_dropout", "encoder_layers", "latent_skip", "mean_scale", "num_classes", "pooling")
+_OF_A_LATENT += ("prior", "share_embeddings")
+
 
 @strict
 class TextVAEConfig(ClassVAEConfig):
     """Configuration of a :class:`TextVAE`, with classes or without; see :class:`ClassVAEConfig`.
 
     Arguments:
+        latent_dim: D; 0: a language model, for which what is about an encoder or a latent keeps its default.
         vocab_size: V; 2 to 4,194,304.
         embedding_size: of a token.
         hidden_size: H, per direction in the encoder.
@@ -81,6 +86,7 @@ class TextVAEConfig(ClassVAEConfig):
     unk_token_id: int = 3
 
     ranges: ClassVar[dict[str, tuple[float, float]]] = ClassVAEConfig.ranges | {
+        "latent_dim": (0, 65_536),
         "vocab_size": (2, 4_194_304),
         "embedding_size": (1, 16_384),
         "hidden_size": (1, 16_384),
@@ -102,6 +108,13 @@ class TextVAEConfig(ClassVAEConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(f"TextVAEConfig.{name}: received {getattr(self, name)}, expected 0 to {self.vocab_size - 1}")
+        for name in () if self.latent_dim else _OF_A_LATENT:
+            if getattr(self, name) != getattr(TextVAEConfig, name):
+                expected = f"expected {getattr(TextVAEConfig, name)!r} with latent_dim 0, a language model"
+                raise ValueError(f"TextVAEConfig.{name}: received {getattr(self, name)!r}, {expected}")
+
+    def _densities(self) -> dict[str, tuple[str, str | None]]:
+        return super()._densities() if self.latent_dim else {}
 
 
 class TextVAE(TextGeneration, ClassVAE):
@@ -129,18 +142,24 @@ class TextVAE(TextGeneration, ClassVAE):
         options = {"num_layers": config.decoder_layers, "embedding_dropout": config.embedding_dropout, "dropout": config.dropout}
         options |= {"tied": config.tie_word_embeddings, "skip": config.latent_skip}
         self.decoder = GRUDecoder(config.vocab_size, config.embedding_size, size, latent, **options)
+        if config.latent_dim:
+            self._build_encoder(config)
+        else:
+            self.encoder, self.encoder_embedding, self.to_moments = None, None, nn.Identity()
+        self.word_bag = nn.Linear(latent, config.vocab_size) if config.bow_weight else None
+        self.lm_head = nn.Linear(config.embedding_size if config.tie_word_embeddings else config.hidden_size, config.vocab_size)
+        self.build_classes(self.encoder.output_size if self.encoder else 0)
+        self.latent_prior = self.build_prior()
+        self.post_init()
+
+    def _build_encoder(self, config: TextVAEConfig) -> None:
         self.encoder_embedding = None if config.share_embeddings else nn.Embedding(config.vocab_size, config.embedding_size)
         self.encoder_dropout = nn.Dropout(config.encoder_dropout)
         options = {"bidirectional": config.bidirectional, "dropout": config.encoder_dropout, "pooling": config.pooling}
-        self.encoder = GRUEncoder(config.embedding_size, size, config.encoder_layers, **options)
+        self.encoder = GRUEncoder(config.embedding_size, config.hidden_size, config.encoder_layers, **options)
         self.to_moments = nn.Linear(self.encoder.output_size, 2 * config.latent_dim)
         if config.mean_scale:
             self.to_moments = nn.Sequential(self.to_moments, ScaledMean(config.latent_dim, config.mean_scale))
-        self.word_bag = nn.Linear(latent, config.vocab_size) if config.bow_weight else None
-        self.lm_head = nn.Linear(config.embedding_size if config.tie_word_embeddings else config.hidden_size, config.vocab_size)
-        self.build_classes(self.encoder.output_size)
-        self.latent_prior = self.build_prior()
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         """The decoder's embedding."""
@@ -152,7 +171,7 @@ class TextVAE(TextGeneration, ClassVAE):
 
     def hidden_layers(self) -> list[nn.Module]:
         """The encoder's embeddings, then its layers: states (B, T, H * directions) of rows padded at the right, arbitrary on padding."""
-        return [self.encoder_dropout, *self.encoder.states]
+        return [] if self.encoder is None else [self.encoder_dropout, *self.encoder.states]
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the vocabulary, the encoder's own embedding included."""
@@ -193,6 +212,8 @@ class TextVAE(TextGeneration, ClassVAE):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
         """The encoder's summary (B, F) of rows that are given as to :meth:`encode`."""
+        if self.encoder is None:
+            return torch.zeros(len(self._sentences(input_ids, attention_mask)[0]), 0, device=self.device)
         if inputs_embeds is None:
             input_ids, real = self._sentences(input_ids, attention_mask)
             inputs_embeds = (self.decoder.embed_tokens if self.encoder_embedding is None else self.encoder_embedding)(input_ids)
