@@ -8,7 +8,7 @@ from datasets import Dataset
 from mmvae import TextVAE, TextVAEConfig
 from mmvae.data import Rows, TextColumn
 from mmvae.processing import train_tokenizer
-from mmvae.sentences import evaluate_sentences
+from mmvae.sentences import evaluate_sentences, samples
 
 TEXTS = [f"w{i % 3} w{i % 5} w{i % 7}" for i in range(30)]
 
@@ -38,3 +38,11 @@ def test_what_is_known_by_heart_is_written_again(trained, monkeypatch):
     torch.manual_seed(7)  # the samples follow their own seed
     assert few == evaluate_sentences(Accelerator(cpu=True), model, tokenizer, rows, TEXTS, num_generated=10)
     assert few != evaluate_sentences(Accelerator(cpu=True), model, tokenizer, rows, TEXTS, num_generated=10, seed=1)
+
+
+def test_the_first_samples_are_those_drawn_first(trained, monkeypatch):
+    model, tokenizer, _ = trained
+    monkeypatch.setattr("mmvae.sentences.CHUNK", 5)
+    drawn = samples(Accelerator(cpu=True), model, tokenizer, 15)
+    assert drawn[:5] == samples(Accelerator(cpu=True), model, tokenizer, 5)  # not those first in the alphabet, which are like each other
+    assert len(drawn) == 15 and len(set(drawn)) > 5
