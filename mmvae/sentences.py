@@ -1,7 +1,14 @@
 """What a text VAE writes: its reconstructions beside the true sentences, and how different its samples are.
 
 Figures are called ``reconstruction/<score>`` (see :func:`mmvae.metrics.text_scores`) and ``samples/<figure>`` (see
-:func:`mmvae.metrics.diversity`). They depend neither on batch size nor on the number of ranks.
+:func:`mmvae.metrics.diversity` and :func:`forward_perplexity`). They depend neither on batch size nor on the number of ranks.
+
+Reverse perplexity is the other way round, that of real rows under a language model trained on samples: ``recipes/evaluate.py`` with
+``--samples_file`` writes them, ``recipes/text_vae.py --latent_dim 0`` trains on them with the tokenizer of the model that wrote them, and
+``recipes/evaluate.py`` gives its perplexity on the real rows.
+
+References:
+    Zhao et al. (2018), Adversarially regularized autoencoders, §5 (forward and reverse perplexity), https://arxiv.org/abs/1706.04223
 """
 
 from collections.abc import Sequence
@@ -10,10 +17,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from datasets import Dataset
 
 from mmvae.coherence import CHUNK, chunks
-from mmvae.data import Rows
-from mmvae.metrics import diversity, text_scores
+from mmvae.data import Loader, Rows, TextColumn
+from mmvae.evaluation import evaluate_elbo
+from mmvae.metrics import diversity, perplexity, text_scores
 from mmvae.models.base import seeded
 from mmvae.models.text_vae import TextVAE
 from mmvae.noise import fold
@@ -30,6 +39,7 @@ def evaluate_sentences(
     rows: Rows,
     truths: Sequence[str],
     known: Sequence[str] | None = None,
+    reference: tuple[TextVAE, Any] | None = None,
     *,
     num_generated: int = 1000,
     num_beams: int = 1,
@@ -44,11 +54,13 @@ def evaluate_sentences(
         rows: with one column of text.
         truths: the texts of the data set by the row's number.
         known: training texts, which samples may repeat, where there are any.
+        reference: a language model and its tokenizer, which score the samples.
         num_generated: rows, and samples; at least two.
         num_beams: of reconstructions.
         seed: of the samples.
     """
-    figures = {"samples": diversity(samples(accelerator, model, tokenizer, num_generated, seed=seed), known)}
+    drawn = samples(accelerator, model, tokenizer, num_generated, seed=seed)
+    figures = {"samples": diversity(drawn, known) | (forward_perplexity(accelerator, *reference, drawn) if reference else {})}
     if model.config.latent_dim:
         parts = []
         for n, numbers, inputs in chunks(accelerator, model, rows, num_generated):
@@ -74,3 +86,30 @@ def samples(accelerator: Accelerator, model: TextVAE, tokenizer: Any, num_sample
             texts = decode_text(tokenizer, model.sample(min(CHUNK, num_samples - n * CHUNK), do_sample=True))
         drawn += [(n, text) for text in texts]
     return [text for _, text in sorted(gather_object(drawn), key=lambda part: part[0])]
+
+
+def forward_perplexity(accelerator: Accelerator, model: TextVAE, tokenizer: Any, texts: Sequence[str]) -> dict[str, float]:
+    """How probable sentences are under a language model, best one that was trained on real rows.
+
+    Arguments:
+        accelerator: its ranks share the sentences, and all get the figures.
+        model: the language model, in evaluation mode, not wrapped.
+        tokenizer: its own. A sentence's tokens are those that it makes of the text, and EOS, also of a sentence that was cut at its longest
+            length; a word that it does not know is one token, <unk>.
+        texts: sentences, the same on every rank.
+
+    Returns:
+        ``forward_nll_nats`` per sentence, ``forward_perplexity`` per token, and ``forward_unknown``, the share of <unk> in the tokens.
+
+    Raises:
+        ValueError: for a model with a latent, whose likelihood is no exact figure.
+    """
+    if model.config.latent_dim:
+        raise ValueError(f"reference: received a model with latent_dim {model.config.latent_dim}, expected 0, a language model")
+    rows = Rows(Dataset.from_dict({"text": list(texts)}), TextColumn("text", tokenizer), name="samples")
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    figures = evaluate_elbo(accelerator, model, Loader(rows, CHUNK, shuffle=False, **place))
+    unknown = sum(ids.count(tokenizer.unk_token_id) for ids in tokenizer(list(texts))["input_ids"])
+    nll, tokens = figures["neg_elbo_nats"], figures["tokens"]
+    shown = {"forward_nll_nats": nll, "forward_perplexity": perplexity(nll, tokens)}
+    return shown | {"forward_unknown": unknown / (tokens * len(texts))}

@@ -3,9 +3,11 @@
     accelerate launch recipes/evaluate.py --model outputs/text_vae_ptb --dataset path/to/ptb --split test --importance_samples 500
     accelerate launch recipes/evaluate.py --model user/name --dataset sprites:3 --judge outputs/sprites_judge
     accelerate launch recipes/evaluate.py --model outputs/digit_words --dataset words:path/to/mnist --label label
+    accelerate launch recipes/evaluate.py --model outputs/text_vae_ptb --dataset path/to/ptb --reference_lm outputs/language_model_ptb
     accelerate launch recipes/evaluate.py --model outputs/seed0 outputs/seed1 outputs/seed2 --dataset path/to/multi30k
 
-Of a text VAE also how it reconstructs, and how different its samples are (mmvae/sentences.py).
+Of a text VAE also how it reconstructs, and how different its samples are (mmvae/sentences.py); with --reference_lm their perplexity too,
+and --samples_file writes samples for a language model to be trained on.
 With --label a linear classifier tells what it reads in the latent (mmvae/baselines.py). A joint model is also asked to retrieve, translate
 and describe (mmvae/coherence.py), beside what the nearest training text would say; with --label also what is of the right class.
 Of several models there are means and deviations too: --output is their JSON, and each folder gets its own.
@@ -33,7 +35,7 @@ from mmvae.judge import Judge
 from mmvae.modalities import read_columns
 from mmvae.pictures import table
 from mmvae.record import public, without_place
-from mmvae.sentences import evaluate_sentences
+from mmvae.sentences import evaluate_sentences, samples
 
 
 @dataclass
@@ -53,6 +55,9 @@ class EvaluationArguments:
     importance_samples: int = field(default=100, metadata={"help": "per row, for the log-likelihood; 0 leaves it out"})
     conditional_samples: int = field(default=0, metadata={"help": "the same of one modality given the others, of a joint model"})
     num_generated: int = field(default=1000, metadata={"help": "first rows that a joint or text VAE makes again, and its samples; 0: none"})
+    reference_lm: str | None = field(default=None, metadata={"help": "folder of a text model of latent_dim 0 that scores the samples"})
+    samples_file: str | None = field(default=None, metadata={"help": "jsonl file to write samples to, as a data set"})
+    num_samples: int = field(default=40_000, metadata={"help": "of that file"})
     num_beams: int = field(default=1, metadata={"help": "of the texts that are generated"})
     judge: str | None = field(default=None, metadata={"help": "folder of a judge of sprites, of recipes/sprites_judge.py"})
     label: str | None = field(default=None, metadata={"help": "column of classes, for a linear probe and the coherence of a joint model"})
@@ -63,6 +68,8 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         if self.judge and self.dataset.split(":")[0] != "sprites":
             raise ValueError(f"judge: received {self.judge!r} with dataset {self.dataset!r}, expected sprites:LEVEL")
+        if self.samples_file and (len(self.model) > 1 or not self.samples_file.endswith(".jsonl")):
+            raise ValueError(f"samples_file: received {self.samples_file!r} of {len(self.model)} models, expected NAME.jsonl of one model")
 
 
 def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> dict[str, Any]:
@@ -100,7 +107,15 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
         options = {"num_generated": min(args.num_generated, len(data)), "num_beams": args.num_beams, "seed": args.seed}
         with contextlib.suppress(ValueError):  # a data set without training rows
             options |= {"known": splits(args.dataset)["train"][columns[0].name][:]}
+        if args.reference_lm:
+            reference = AutoModel.from_pretrained(args.reference_lm, dtype="float32").to(accelerator.device)
+            options |= {"reference": (reference, AutoProcessor.from_pretrained(args.reference_lm))}
         figures |= evaluate_sentences(accelerator, model, processor, rows, data[columns[0].name][:], **options)
+        if args.samples_file:
+            drawn = samples(accelerator, model, processor, args.num_samples, seed=args.seed)
+            if accelerator.is_main_process:
+                lines = (json.dumps({columns[0].name: text}) + "\n" for text in drawn)
+                Path(args.samples_file).write_text("".join(lines), encoding="utf-8")
     options = {"training_rows": lambda: splits(args.dataset)["train"], "label": args.label}
     options |= {"num_generated": args.num_generated, "seed": args.seed}
     figures |= evaluate_by_training_rows(accelerator, model, processor, rows, data, **options)

@@ -1,6 +1,7 @@
 """A TextVAE with latent_dim 0: log p(x) exactly, by the same recipe and figures, and nothing that is about a latent."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 from accelerate import Accelerator
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from recipe_runs import TEXT, run, sentences
+from recipe_runs import TEXT, recipe, run, sentences
 
 from mmvae import MMVAEConfig, StackedVAE, TextVAE, TextVAEConfig, TextVAEForSequenceClassification
 from mmvae.baselines import linear_probe
@@ -112,13 +113,30 @@ def test_what_needs_a_latent_says_so(data):
             call()
 
 
-def test_the_recipe_trains_it(tmp_path):
+def test_the_recipes_train_it_and_give_both_perplexities(tmp_path, monkeypatch):
     words = sentences(tmp_path / "words")
     options = [*TEXT, "--max_steps", "4", "--latent_dim", "0"]
     figures = run("text_vae", ["--dataset", str(words), "--output_dir", str(tmp_path / "lm"), *options])["history"][-1]
     assert figures["eval/neg_elbo_nats"] == figures["eval/reconstruction_nats"] and "eval/active_units" not in figures
     card = (tmp_path / "lm" / "README.md").read_text()
     assert "model.sample(4)" in card and "model.encode" not in card and "Reconstructions" not in card
+    written, evaluation = tmp_path / "samples.jsonl", recipe("evaluate")
+
+    def evaluated(model: str, *argv: str) -> dict[str, float]:
+        argv = ["--model", str(tmp_path / model), "--dataset", str(words), "--output", str(tmp_path / "figures.json"), *argv]
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *argv])
+        evaluation.main()
+        return json.loads((tmp_path / "figures.json").read_text())["metrics"]
+
+    forward = evaluated("lm", "--reference_lm", str(tmp_path / "lm"), "--samples_file", str(written), "--num_samples", "150")
+    assert 1 < forward["samples/forward_perplexity"] < 20 and forward["samples/forward_unknown"] < 0.5
+    assert len({json.loads(line)["text"] for line in written.read_text().splitlines()}) > 100
+    reverse = ["--dataset", str(written), "--tokenizer", str(tmp_path / "lm"), "--output_dir", str(tmp_path / "reverse"), *options]
+    run("text_vae", reverse)
+    figures = evaluated("reverse")
+    assert figures["tokens"] == forward["tokens"] and figures["perplexity"] == pytest.approx(
+        math.exp(figures["nll_nats"] / figures["tokens"])
+    )
 
 
 def test_the_language_model_of_ptb_is_the_vae_without_its_latent():

@@ -1,5 +1,7 @@
 """What a text VAE writes is measured the same on any batch, and by what it says."""
 
+import math
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -8,7 +10,7 @@ from datasets import Dataset
 from mmvae import TextVAE, TextVAEConfig
 from mmvae.data import Rows, TextColumn
 from mmvae.processing import train_tokenizer
-from mmvae.sentences import evaluate_sentences, samples
+from mmvae.sentences import evaluate_sentences, forward_perplexity, samples
 
 TEXTS = [f"w{i % 3} w{i % 5} w{i % 7}" for i in range(30)]
 
@@ -46,3 +48,33 @@ def test_the_first_samples_are_those_drawn_first(trained, monkeypatch):
     drawn = samples(Accelerator(cpu=True), model, tokenizer, 15)
     assert drawn[:5] == samples(Accelerator(cpu=True), model, tokenizer, 5)  # not those first in the alphabet, which are like each other
     assert len(drawn) == 15 and len(set(drawn)) > 5
+
+
+def language_model(tokenizer, **log_probs: float) -> TextVAE:
+    """A language model that draws every token by itself: those named with a probability, the others alike."""
+    model = TextVAE(TextVAEConfig(vocab_size=len(tokenizer), embedding_size=4, hidden_size=4, latent_dim=0)).eval()
+    ids = tokenizer.convert_tokens_to_ids(list(log_probs))
+    rest = (1 - sum(math.exp(value) for value in log_probs.values())) / (len(tokenizer) - len(ids))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.fill_(math.log(rest))
+        model.lm_head.bias[ids] = torch.tensor(list(log_probs.values()))
+    return model
+
+
+def test_forward_perplexity_is_that_of_every_token_eos_included(trained):
+    model, tokenizer, rows = trained
+    accelerator, texts = Accelerator(cpu=True), ["w0 w1 w0", "", "w0 never"]
+    alike = forward_perplexity(accelerator, language_model(tokenizer), tokenizer, texts)
+    assert alike["forward_perplexity"] == pytest.approx(len(tokenizer), rel=1e-4)  # whatever the texts are
+    few = language_model(tokenizer, w0=math.log(0.5), **{"<unk>": math.log(0.125), "<eos>": math.log(0.25)})
+    figures = forward_perplexity(accelerator, few, tokenizer, ["w0 w0", "", "w0 never"])
+    nats = 3 * math.log(2) + math.log(8) + 3 * math.log(4)  # w0 three times, the unknown word, EOS three times
+    assert figures["forward_nll_nats"] == pytest.approx(nats / 3, rel=1e-5)
+    assert figures["forward_perplexity"] == pytest.approx(math.exp(nats / 7), rel=1e-5)
+    assert figures["forward_unknown"] == pytest.approx(1 / 7)
+    scored = evaluate_sentences(accelerator, model, tokenizer, rows, TEXTS, reference=(few, tokenizer), num_generated=10)
+    drawn = samples(accelerator, model, tokenizer, 10)
+    assert scored["samples/forward_perplexity"] == forward_perplexity(accelerator, few, tokenizer, drawn)["forward_perplexity"]
+    with pytest.raises(ValueError, match="reference: received a model with latent_dim 8, expected 0"):
+        forward_perplexity(accelerator, model, tokenizer, texts)
