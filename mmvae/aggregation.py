@@ -76,6 +76,19 @@ class Posterior:
         return DiagNormal(q.loc[pick, rows], q.logvar[pick, rows], len(q.event_shape)), self.members[pick, rows]
 
 
+@dataclass(frozen=True)
+class JointPosterior(Posterior):
+    """What was inferred from the visible modalities of a joint model.
+
+    Attributes:
+        private: q(w_m|x_m) of the modalities that have private latents, batch (B,); N(0, I) where one is not visible.
+        states: (B, L, F), the encoder's states of the modalities that are a source of others; 0 on padding and where one is not visible.
+    """
+
+    private: dict[str, DiagNormal]
+    states: dict[str, Tensor]
+
+
 def hide(present: Tensor, probability: Tensor, uniform: Tensor) -> Tensor:
     r"""What is left of the modalities when each is hidden with a probability: those with :math:`u_m \ge p_m`, and never none.
 

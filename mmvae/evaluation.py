@@ -225,7 +225,8 @@ def evaluate_conditional(
         accelerator, model, loader, num_samples, seed: as for :func:`evaluate_vae`.
 
     Returns:
-        ``conditional_nll_nats_<modality>`` per row that has both; nothing where no row has.
+        ``conditional_nll_nats_<modality>`` per row that has both; nothing where no row has. Of a modality whose decoder attends to a
+        source ``conditional_nll_nats_<modality>_attending_to_<source>``: all other figures are of decoders that see the latent alone.
     """
     inner = unwrap(model)
 
@@ -241,4 +242,5 @@ def evaluate_conditional(
 
     means = evaluate(accelerator, measure, loader, models=[inner])
     found = [name for name in inner.modalities if means[f"{name} rows"]]
-    return {f"conditional_nll_nats_{name}": means[f"{name} sum"] / means[f"{name} rows"] for name in found}
+    seen = {name: f"_attending_to_{source}" for name, source in inner.config.sources.items()}
+    return {f"conditional_nll_nats_{name}{seen.get(name, '')}": means[f"{name} sum"] / means[f"{name} rows"] for name in found}

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
-from mmvae.models.configuration import input_name, nearest, prefixes
+from mmvae.models.configuration import input_name, prefixes
+from mmvae.models.inherited import nearest
 from mmvae.processing import decode_text
 
 __all__ = ["MMVAEProcessor"]

@@ -98,6 +98,9 @@ def new_modalities(
 
 def joined(parts: Mapping[str, NewModality], **fields: Any) -> tuple[MMVAEConfig, MMVAEProcessor, list[Column]]:
     """Configuration of a joint model of these modalities, with fields of its own, its processor, and a column for each modality."""
+    for name, source in fields.get("sources", {}).items():  # what is wrong with them the configuration tells
+        if {name, source} <= parts.keys() and getattr(parts[name].config, "source_size", None) == 0:
+            parts[name].config.source_size = parts[source].config.states_size
     config = MMVAEConfig(modalities={name: part.config for name, part in parts.items()}, **fields)
     processor = MMVAEProcessor({name: part.processor for name, part in parts.items()})
     return config, processor, as_modalities({name: part.column for name, part in parts.items()})

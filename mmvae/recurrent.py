@@ -4,7 +4,7 @@ Shapes: ``B`` batch, ``T`` tokens, ``E`` embedding, ``H`` hidden, ``D`` latent, 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,41 @@ def right_padded(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     real = mask != 0
     order = real.int().argsort(dim=1, descending=True, stable=True)
     return rows.take_along_dim(order.view(*order.shape, *[1] * (rows.dim() - 2)), 1), real.gather(1, order)
+
+
+def sentences(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int, ends: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) with their padding moved to the right, and where they are real, (B, T) bool.
+
+    Arguments:
+        input_ids: (B, T) int64.
+        attention_mask: (B, T), not 0 where they are real; made from ``pad_token_id`` when None.
+        pad_token_id: of padding.
+        ends: ids of BOS and EOS.
+
+    Raises:
+        TypeError: for ids or a mask that are not tensors.
+        ValueError: for ids of another shape than (B, T), a mask of another shape than theirs, or none where padding is BOS or EOS.
+    """
+    check_ids(input_ids)
+    shape = tuple(input_ids.shape)
+    if attention_mask is None:
+        if pad_token_id in ends:
+            raise ValueError(f"attention_mask: received None, expected a mask since pad_token_id {pad_token_id} is also BOS or EOS")
+        return right_padded(input_ids, input_ids != pad_token_id)
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask: received a {type(attention_mask).__name__}, expected a tensor")
+    if attention_mask.shape != shape:
+        raise ValueError(f"attention_mask: received shape {tuple(attention_mask.shape)}, expected {shape}")
+    return right_padded(input_ids, attention_mask)
+
+
+def check_ids(input_ids: Tensor | None) -> None:
+    """Refuse ids that are no tensor (B, T) of at least one token; see :func:`sentences`."""
+    if input_ids is not None and not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids: received a {type(input_ids).__name__}, expected a tensor")
+    if input_ids is None or input_ids.dim() != 2 or not input_ids.shape[1]:
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        raise ValueError(f"input_ids: received shape {shape}, expected (batch, tokens) with at least one token")
 
 
 class GRUEncoder(nn.Module):
@@ -89,6 +124,40 @@ class GRUEncoder(nn.Module):
         return x, x.masked_fill(padding, 0.0).sum(1) / lengths.unsqueeze(1)
 
 
+class SourceAttention(nn.Module):
+    r"""What states read off the encoder's states of another row, the source: global attention with "general" scores.
+
+        a_tn = softmax_n(s_n^T W h_t),    h_t + V sum_n a_tn s_n
+
+    A source state that is all 0 is none: padding, or a row without a source, whose states stay as they are.
+
+    Arguments:
+        hidden_size: H.
+        source_size: F, of the source's states.
+        dropout: of training rows that do not see their source.
+
+    References:
+        Luong et al. (2015), Effective approaches to attention-based neural machine translation, §3.1, https://arxiv.org/abs/1508.04025
+    """
+
+    def __init__(self, hidden_size: int, source_size: int, dropout: float = 0.0):
+        super().__init__()
+        self.dropout = dropout
+        self.to_query = nn.Linear(hidden_size, source_size, bias=False)
+        self.from_source = nn.Linear(source_size, hidden_size, bias=False)
+
+    def forward(self, states: Tensor, source: Tensor) -> Tensor:
+        """(N, T, H) and (B, L, F) -> (N, T, H); N is a multiple of B, and row n reads source n modulo B."""
+        if self.training and self.dropout:
+            source = source * (torch.rand(len(source), 1, 1, device=source.device) >= self.dropout)
+        rows = states.unflatten(0, (-1, len(source))).transpose(0, 1)  # (B, N / B, T, H): a source is not repeated
+        scores = self.to_query(rows.flatten(1, 2)) @ source.transpose(1, 2)
+        # a finite score of what is not there: with -inf a row without a source would be NaN, and so the weights are of zeros
+        weights = scores.masked_fill(~source.any(-1).unsqueeze(1), torch.finfo(scores.dtype).min).softmax(-1)
+        read = self.from_source(weights @ source).view_as(rows).transpose(0, 1).flatten(0, 1)
+        return states + read
+
+
 class GRUDecoder(nn.Module):
     """Token states given the tokens before and a latent, which is the initial state and part of every input.
 
@@ -99,6 +168,7 @@ class GRUDecoder(nn.Module):
         dropout: on the states and between layers.
         tied: make states of width E, to be compared with the embedding, also where H differs from E.
         skip: add a linear map of z to every state, too (Dieng et al., 2019, https://arxiv.org/abs/1807.04863).
+        source_size, source_dropout: of :class:`SourceAttention`; there is none where the size is 0.
     """
 
     def __init__(
@@ -112,6 +182,8 @@ class GRUDecoder(nn.Module):
         dropout: float = 0.0,
         tied: bool = False,
         skip: bool = False,
+        source_size: int = 0,
+        source_dropout: float = 0.0,
     ):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, embedding_size)
@@ -121,15 +193,17 @@ class GRUDecoder(nn.Module):
         self.gru = nn.GRU(embedding_size + latent_dim, hidden_size, num_layers, batch_first=True, dropout=between)
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Linear(latent_dim, hidden_size, bias=False) if skip else None
+        self.attention = SourceAttention(hidden_size, source_size, source_dropout) if source_size else None
         self.to_embedding = nn.Linear(hidden_size, embedding_size) if tied and hidden_size != embedding_size else nn.Identity()
 
-    def forward(self, tokens: Tensor, z: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, z: Tensor, hidden: Tensor | None = None, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Read tokens.
 
         Arguments:
             tokens: (N, T) int64, BOS first.
             z: (N, D).
             hidden: (num_layers, N, H) to go on from; made from z when None.
+            source: (B, L, F) to attend to; see :class:`SourceAttention`. None: nothing.
 
         Returns:
             The states to predict from, (N, T, H or E), and the last state (num_layers, N, H).
@@ -140,6 +214,7 @@ class GRUDecoder(nn.Module):
         x = self.embedding_dropout(self.embed_tokens(tokens))
         y, hidden = self.gru(torch.cat([x, z.unsqueeze(1).expand(-1, x.shape[1], -1).to(x.dtype)], -1), hidden.to(x.dtype))
         y = y if self.skip is None else y + self.skip(z).unsqueeze(1)
+        y = y if source is None else self.attention(y, source.to(y.dtype))
         return self.to_embedding(self.dropout(y)), hidden
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import BatchFeature
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
-from mmvae.models.configuration import nearest
+from mmvae.models.inherited import nearest
 
 __all__ = ["TopicVAEVectorizer"]
 

@@ -56,6 +56,7 @@ class JointArguments:
     prior_components: int = 50
     likelihood_weights: str = field(default='{"text": 30}', metadata={"help": "weight of a modality's likelihood in the loss, by its name"})
     modality_dropout: str = field(default='{"text": 0.5}', metadata={"help": "share of the rows that are encoded without it, by name"})
+    sources: str = field(default="{}", metadata={"help": "of texts, another text to which their decoder attends: {'de': 'en', 'en': 'de'}"})
     draw: str = field(default="auto", metadata={"help": "components decoded in a step: all, one per row, or auto"})
     densities: str = field(default=json.dumps(FLOWS), metadata={"help": "fitted to the latents after training"})
     augmentation: str = field(default="{}", metadata={"help": "random changes to the training pictures of a modality, by its name"})
@@ -69,6 +70,7 @@ class JointArguments:
         for name in (name for name in self.augmentation if self.kinds[name][0] != "image"):
             raise ValueError(f"augmentation: received {self.augmentation[name]!r} for {name!r}, expected pictures' modalities only")
         self.augmentation = {name: Augmentation(**changes) for name, changes in self.augmentation.items()}
+        self.sources = mapping("sources", self.sources)
         self.aggregation_options = mapping("aggregation_options", self.aggregation_options)
         of = {"private": [f"private_{name}" for name in self.private_dims], "shared_given": [f"shared_given_{name}" for name in self.kinds]}
         self.densities = {name: kind for key, kind in mapping("densities", self.densities).items() for name in of.get(key, [key])}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmvae import aggregation
-from mmvae.models.configuration import nearest
+from mmvae.models.inherited import nearest
 from mmvae.noise import fold, keyed_uniform
 
 _HIDDEN = 0x68696465

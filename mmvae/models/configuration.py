@@ -1,6 +1,5 @@
-"""Strictness about names and values: the configuration that all VAEs share, and what their ``forward`` refuses."""
+"""Strictness about names and values: the configuration that all VAEs share, and that of a joint model."""
 
-import difflib
 import inspect
 import json
 from collections import Counter
@@ -17,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from mmvae.aggregation import AGGREGATIONS, Posterior
 from mmvae.folder import read_json
-from mmvae.models.inherited import check_inherited, refuse_from_files
+from mmvae.models.inherited import check_inherited, nearest, refuse_from_files
 from mmvae.objectives import OBJECTIVES
 from mmvae.priors import PRIORS
 
@@ -29,11 +28,6 @@ _FOREIGN = {
     "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "per_layer_config",
     "quantization_config", "tie_word_embeddings", "torch_dtype", "use_cache",
 }  # fmt: skip
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that a misspelt one probably meant."""
-    return difflib.get_close_matches(name, list(known), 1, 0.0)[0]
 
 
 def prefixes(input_names: Mapping[str, Iterable[str]]) -> dict[str, str]:
@@ -84,6 +78,7 @@ class VAEConfig(PreTrainedConfig):
     classifier_dropout: float | int = 0.0
     classifier_alpha: float | int | None = None
 
+    states_size: ClassVar[int] = 0  # width of the states that another modality's decoder may attend to
     latent_density: ClassVar[str] = "latent"  # what the density of p(z) is called
     least_private_dim: ClassVar[int] = 0  # how many of the latent's last dimensions a joint model must leave to this modality
     # Allowed closed ranges and sets of values, by field; subclasses add theirs.
@@ -170,6 +165,9 @@ class MMVAEConfig(VAEConfig):
         likelihood_weights: weight of a modality's log-likelihood in the objective, by name; 1 where not named. Figures know no weights.
         modality_dropout: share of the training rows in which the encoders do not see a modality that is there and scored all the same, by
             name: so one modality learns to give what another one has. Never all of a row.
+        sources: of text modalities, the name of another one to whose encoder's states their decoder attends, p(x_m|z, x_source), in rows
+            that show the source and not the modality itself: where it is made of others, or scored given others. Where everything is seen,
+            as in figures of x, nothing is attended to, and p(x|z) is that of the latent.
         draw: which components of the posterior are decoded: "all", "one" drawn per row, or "auto": all up to 4.
         densities: fitted after training and used by what is generated, by name: "shared", p(z);
             "shared_given_<modality>", p(z|x_m); "private_<modality>", p(w_m|z).
@@ -186,6 +184,7 @@ class MMVAEConfig(VAEConfig):
     objective_options: dict[str, Any] = field(default_factory=dict)
     likelihood_weights: dict[str, float | int] = field(default_factory=dict)
     modality_dropout: dict[str, float | int] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     draw: str = "auto"
 
     latent_density: ClassVar[str] = "shared"
@@ -238,6 +237,13 @@ class MMVAEConfig(VAEConfig):
             value = getattr(self, option)
             if needed and value not in (needed, None):
                 raise ValueError(f"MMVAEConfig.{option}: received {value!r} with objective {self.objective!r}, expected {needed!r}")
+        for name, source in self.sources.items():
+            if name == source or not {name, source} <= self.modalities.keys() or not self.modalities[source].states_size:
+                raise ValueError(f"MMVAEConfig.sources: received {source!r} for {name!r}, expected another modality that is a text")
+            size, expected = getattr(self.modalities[name], "source_size", None), self.modalities[source].states_size
+            if size != expected:
+                what = f"MMVAEConfig.modalities[{name!r}].source_size: received {size}"
+                raise ValueError(f"{what}, expected {expected}, the size of the states of its source {source!r}")
         inferring = self.aggregate(training=False)
         bind("MMVAEConfig.inference_aggregation", inferring.func, inferring.keywords, ("experts", "visible", "prior"))
         for option, most in (("likelihood_weights", 1e30), ("modality_dropout", 1)):
@@ -304,39 +310,3 @@ def bind(name: str, function: Callable, options: Mapping[str, Any], given: Seque
     except TypeError as error:
         names = [parameter for parameter in inspect.signature(function).parameters if parameter not in given]
         raise ValueError(f"{name}: received {dict(options)}, expected parameters of {function.__name__}, {names} ({error})") from None
-
-
-# What transformers' Trainer, collators, tokenizers, pipelines and generation hand to any model's forward, needed or not.
-FOREIGN_ARGUMENTS = {
-    "cache_position",
-    "head_mask",
-    "interpolate_pos_encoding",
-    "label",
-    "label_ids",
-    "labels",
-    "logits_to_keep",
-    "num_items_in_batch",
-    "output_attentions",
-    "output_hidden_states",
-    "pixel_mask",
-    "position_ids",
-    "return_dict",
-    "special_tokens_mask",
-    "token_type_ids",
-    "use_cache",
-}
-
-
-def refuse_unknown(module: nn.Module, received: Mapping[str, Any]) -> None:
-    """Name a misspelt argument of ``module.forward``, which must swallow ``FOREIGN_ARGUMENTS`` and nothing else.
-
-    Arguments:
-        module: whose ``forward`` was called.
-        received: the arguments that none of its parameters took; conditions of the module are among those that it knows.
-
-    Raises:
-        TypeError: naming the argument and the parameter nearest to it.
-    """
-    for name in received.keys() - FOREIGN_ARGUMENTS - set(module.condition_names):
-        known = inspect.signature(module.forward).parameters.keys() - {"kwargs"}
-        raise TypeError(f"{type(module).__name__}.forward: unknown argument {name!r}; the nearest one is {nearest(name, known)!r}")

@@ -30,9 +30,10 @@ from transformers.utils.generic import can_return_tuple
 from mmvae.aggregation import Posterior
 from mmvae.models.base import VAE
 from mmvae.models.classes import UNKNOWN, checked_labels
-from mmvae.models.configuration import MMVAEConfig, VAEConfig, refuse_unknown
+from mmvae.models.configuration import MMVAEConfig, VAEConfig
 from mmvae.models.headed import HeadedVAE
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
+from mmvae.models.inherited import refuse_unknown
 from mmvae.models.mmvae import MMVAE
 from mmvae.models.text_vae import TextVAE, TextVAEConfig
 from mmvae.models.topic_vae import TopicVAE, TopicVAEConfig

@@ -22,7 +22,7 @@ from mmvae.distributions import DiagNormal
 from mmvae.likelihoods import LIKELIHOODS, SCALES, Likelihood
 from mmvae.models.base import VAEOutput
 from mmvae.models.classes import ClassVAE, ClassVAEConfig
-from mmvae.models.configuration import refuse_unknown
+from mmvae.models.inherited import refuse_unknown
 from mmvae.models.tiling import TiledModel
 from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, fold_leading
 from mmvae.objectives import Objective

@@ -1,7 +1,11 @@
-"""What every configuration inherits from transformers, where a file could hold something hostile: checked before transformers reads it."""
+"""What comes from transformers: fields of configurations, where a file could hold something hostile, and arguments of ``forward``."""
 
-from collections.abc import Mapping
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import nn
 
 # What a file may not hold: these make transformers download, quantize or build something else.
 _NOT_FROM_FILES = {"attn_implementation", "auto_map", "experts_implementation", "per_layer_config", "quantization_config"}
@@ -36,3 +40,44 @@ def check_inherited(where: str, values: Mapping[str, Any]) -> None:
         raise ValueError(f"{where}.id2label: received {labels!r:.80}, expected at most {_MOST_LABELS} names by whole numbers")
     if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= _MOST_LABELS:
         raise ValueError(f"{where}.num_labels: received {number!r:.80}, expected 1 to {_MOST_LABELS}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that a misspelt one probably meant."""
+    return difflib.get_close_matches(name, list(known), 1, 0.0)[0]
+
+
+# What transformers' Trainer, collators, tokenizers, pipelines and generation hand to any model's forward, needed or not.
+FOREIGN_ARGUMENTS = {
+    "cache_position",
+    "head_mask",
+    "interpolate_pos_encoding",
+    "label",
+    "label_ids",
+    "labels",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "pixel_mask",
+    "position_ids",
+    "return_dict",
+    "special_tokens_mask",
+    "token_type_ids",
+    "use_cache",
+}
+
+
+def refuse_unknown(module: nn.Module, received: Mapping[str, Any]) -> None:
+    """Name a misspelt argument of ``module.forward``, which must swallow ``FOREIGN_ARGUMENTS`` and nothing else.
+
+    Arguments:
+        module: whose ``forward`` was called.
+        received: the arguments that none of its parameters took; conditions of the module are among those that it knows.
+
+    Raises:
+        TypeError: naming the argument and the parameter nearest to it.
+    """
+    for name in received.keys() - FOREIGN_ARGUMENTS - set(module.condition_names):
+        known = inspect.signature(module.forward).parameters.keys() - {"kwargs"}
+        raise TypeError(f"{type(module).__name__}.forward: unknown argument {name!r}; the nearest one is {nearest(name, known)!r}")

@@ -64,9 +64,19 @@ class JointGeneration(VAE):
             made = {}
             for name in names:
                 w = self._private_latents(name, z, q, num_samples, sample)
-                given = {k: v.repeat_interleave(repeats, 0) for k, v in conditions[name].items()}
+                given = {k: v.repeat_interleave(repeats, 0) for k, v in (self.source_of(name, q) | conditions[name]).items()}
                 made[name] = self.vaes[name].render(z if w is None else torch.cat([z, w], -1), **given, **accepted[name])
         return made[target] if isinstance(target, str) else made
+
+    def source_of(self, name: str, q: Any) -> dict[str, Tensor]:
+        """What a modality's decoder attends to, where it has a source: its states (B, L, F), 0 in rows where q saw the modality itself.
+
+        So what was inferred from everything is decoded from the latent alone, and decoders never attend to each other's texts at once.
+        """
+        states = None if q is None else q.states.get(self.config.sources.get(name))
+        if states is None:
+            return {}
+        return {"source": states * ~q.visible[:, list(self.vaes).index(name)].view(-1, 1, 1)}
 
     def _accepted(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         parameters = inspect.signature(self.vaes[name].render).parameters

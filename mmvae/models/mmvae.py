@@ -25,10 +25,11 @@ from torch.distributions import Distribution
 from transformers import AutoModel
 from transformers.utils.generic import can_return_tuple
 
-from mmvae.aggregation import Posterior, hide, poe
+from mmvae.aggregation import JointPosterior, Posterior, hide, poe
 from mmvae.distributions import DiagNormal
 from mmvae.models.base import VAEOutput
-from mmvae.models.configuration import FOREIGN_ARGUMENTS, MMVAEConfig, input_name, nearest, prefixes
+from mmvae.models.configuration import MMVAEConfig, input_name, prefixes
+from mmvae.models.inherited import FOREIGN_ARGUMENTS, nearest
 from mmvae.models.joint_generation import JointGeneration
 from mmvae.nn import some_rows, take_rows
 from mmvae.noise import fold, keyed_uniform
@@ -38,17 +39,6 @@ from mmvae.terms import Terms
 
 _COMPONENT, _PRIVATE, _HIDDEN = 0x636F6D70, 0x70726976, 0x68696464  # keep the noise of each apart
 _FEW = 4  # components up to which draw="auto" decodes all
-
-
-@dataclass(frozen=True)
-class JointPosterior(Posterior):
-    """What was inferred from the visible modalities.
-
-    Attributes:
-        private: q(w_m|x_m) of the modalities that have private latents, batch (B,); N(0, I) where one is not visible.
-    """
-
-    private: dict[str, DiagNormal]
 
 
 @dataclass(frozen=True)
@@ -178,24 +168,30 @@ class MMVAE(JointGeneration):
             ValueError: for no input, inputs of different numbers of rows, masks of another shape or that claim what is not given.
         """
         given, dim = self._given(inputs), self.config.latent_dim
-        experts = {name: self._expert(name, given.inputs[name], given.visible[:, m]) for m, name in enumerate(self.vaes)}
+        read = {name: self._expert(name, given.inputs[name], given.visible[:, m]) for m, name in enumerate(self.vaes)}
+        experts, states = ({name: each[part] for name, each in read.items() if each[part] is not None} for part in (0, 1))
         shared = {name: DiagNormal(q.loc[:, :dim], q.logvar[:, :dim]) for name, q in experts.items()}
         private = {name: DiagNormal(experts[name].loc[:, dim:], experts[name].logvar[:, dim:]) for name in self.auxiliary}
         q = self.config.aggregate(self.training)(shared, given.visible, self.prior())
-        return JointPosterior(q.mixture, q.experts, q.visible, q.members, private)
+        return JointPosterior(q.mixture, q.experts, q.visible, q.members, private, states)
 
-    def _expert(self, name: str, inputs: dict[str, Tensor], visible: Tensor) -> DiagNormal:
-        """q(z, w_m|x_m), batch (B,), encoded where it is visible; N(0, I) elsewhere."""
+    def _expert(self, name: str, inputs: dict[str, Tensor], visible: Tensor) -> tuple[DiagNormal, Tensor | None]:
+        """q(z, w_m|x_m), batch (B,), encoded where it is visible; N(0, I) elsewhere. Of a source its states too, 0 elsewhere."""
         vae = self.vaes[name]
         blank = torch.zeros(len(visible), *vae.latent_shape, device=self.device)
         if not inputs:
-            return DiagNormal(blank, blank)
-        rows = some_rows(visible)
-        q = vae.encode(**take_rows(inputs, rows))
+            return DiagNormal(blank, blank), None
+        rows, is_source = some_rows(visible), name in self.config.sources.values()
+        inputs = take_rows(inputs, rows)
+        q, states = vae.encode_with_states(**inputs) if is_source else (vae.encode(**inputs), None)
         if rows is None:
-            return q
-        seen = visible[rows].unsqueeze(1)
-        return DiagNormal(*(blank.to(moment).index_copy(0, rows, torch.where(seen, moment, 0.0)) for moment in (q.loc, q.logvar)))
+            return q, states
+
+        def placed(part: Tensor) -> Tensor:
+            seen = visible[rows].view(-1, *[1] * (part.dim() - 1))
+            return part.new_zeros(len(visible), *part.shape[1:]).index_copy(0, rows, torch.where(seen, part, 0.0))
+
+        return DiagNormal(placed(q.loc), placed(q.logvar)), None if states is None else placed(states)
 
     def prior(self) -> Distribution:
         """p(z), broadcasting over rows."""
@@ -281,7 +277,8 @@ class MMVAE(JointGeneration):
             if not given.inputs[name]:
                 continue
             rows, latent = some_rows(given.present[:, m]), torch.cat([z, private[name]], -1) if name in private else z
-            p = vae.decode(latent if rows is None else latent[:, :, rows], **take_rows(given.conditions[name], rows))
+            conditions = self.source_of(name, q) | given.conditions[name]
+            p = vae.decode(latent if rows is None else latent[:, :, rows], **take_rows(conditions, rows))
             log_prob = p.log_prob(vae.target(**take_rows(given.inputs[name], rows)))
             if rows is not None:
                 log_prob = values[name].to(log_prob).index_copy(2, rows, torch.where(given.present[rows, m], log_prob, 0.0))
@@ -328,7 +325,8 @@ class MMVAE(JointGeneration):
     ) -> Tensor:
         r"""Importance-sampled :math:`\log p(x_{target} \mid x_{others}) = \log p(x) - \log p(x_{others})`, in nats.
 
-        A difference of two estimates, so a bound in neither direction; both come down to the truth as ``num_samples`` grows.
+        A difference of two estimates, so a bound in neither direction; both come down to the truth as ``num_samples`` grows. Of a target
+        that has a source it is :math:`\log p(x_{target} \mid x_{others})` of the model whose decoder attends to it.
 
         Arguments:
             target: names of modalities.
@@ -345,6 +343,8 @@ class MMVAE(JointGeneration):
         others = given.present.clone()
         others[:, [self.modalities.index(name) for name in names]] = False
         options = {"num_samples": num_samples, "noise_key": noise_key}
+        if not self.config.sources.keys().isdisjoint(names):  # a decoder attends to its source where its own modality is hidden
+            inputs["visible"] = torch.where(others.any(1, keepdim=True), others, given.visible)
         joint = self.log_marginal(**options, **inputs)
         rest = self.log_marginal(**options, **inputs | {"present": others, "visible": others})
         return joint - torch.where(others.any(1), rest, 0.0)  # the likelihood of nothing is 1

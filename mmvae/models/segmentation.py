@@ -22,9 +22,9 @@ from transformers.utils.generic import can_return_tuple
 
 from mmvae.models.base import outputs_of
 from mmvae.models.classes import checked_labels
-from mmvae.models.configuration import refuse_unknown
 from mmvae.models.headed import HeadedVAE
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
+from mmvae.models.inherited import refuse_unknown
 from mmvae.objectives import Objective
 from mmvae.pose import OUTSIDE, within
 

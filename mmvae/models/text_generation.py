@@ -45,13 +45,14 @@ class TextGeneration(ClassVAE, GenerationMixin):
         input_ids: Tensor,
         latents: Tensor | None = None,
         class_labels: Tensor | None = None,
+        source: Tensor | None = None,
         past_key_values: GRUState | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What ``forward`` needs for the next token: the new tokens only, once there is a state."""
         seen = 0 if past_key_values is None else past_key_values.length
         kept = {name: kwargs.get(name) for name in ("use_cache", "output_hidden_states")}
-        kept |= {} if class_labels is None else {"class_labels": class_labels}
+        kept |= {name: value for name, value in (("class_labels", class_labels), ("source", source)) if value is not None}
         return {"input_ids": input_ids[:, seen:], "latents": latents, "past_key_values": past_key_values, **kept}
 
     @torch.no_grad()
@@ -61,6 +62,7 @@ class TextGeneration(ClassVAE, GenerationMixin):
         latents: Tensor | None = None,
         class_labels: Tensor | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
+        source: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """Token ids of sentences, BOS first, by any strategy of transformers' ``GenerationMixin``.
@@ -71,6 +73,7 @@ class TextGeneration(ClassVAE, GenerationMixin):
             class_labels: (B,) classes of a model that has them; alone, with latents from p(z): ``generate(class_labels=[3, 3, 7])``. With
                 ``input_ids`` the likeliest classes when None.
             generator: makes these latents repeatable; torch's global generator when None.
+            source: (B, L, F) to attend to, see :meth:`mmvae.TextVAE.decode`.
             options: of ``GenerationMixin.generate``: ``max_new_tokens`` (64), ``num_beams``, ``do_sample``, ``temperature``, ...
 
         Returns:
@@ -83,9 +86,13 @@ class TextGeneration(ClassVAE, GenerationMixin):
             raise ValueError(f"generate: received {'neither' if latents is None else 'both'} latents and input_ids, expected one of them")
         if input_ids is not None:
             given = {"input_ids": input_ids, "attention_mask": options.pop("attention_mask", None), "class_labels": class_labels}
+            given["source"] = source
             return self.reconstruct(**{name: value for name, value in given.items() if value is not None}, **options)
         latents = self._latents_for(class_labels, generator) if latents is None else latents
         self.check_latents(latents)
+        if source is not None:
+            self.check_source(source, len(latents))
+            options["source"] = source
         if class_labels is not None or self.config.num_classes:
             self.with_class(latents, class_labels)  # refuses what is wrong by its name
             options["class_labels"] = torch.as_tensor(class_labels, device=latents.device).expand(len(latents))
@@ -93,6 +100,13 @@ class TextGeneration(ClassVAE, GenerationMixin):
         if all(options.get(name) is None and getattr(defaults, name) is None for name in lengths):
             options["max_new_tokens"] = 64  # as an option: in generation_config it would silently win over a caller's max_length
         return GenerationMixin.generate(self, latents=latents, **options)
+
+    def check_source(self, source: Tensor | None, rows: int) -> None:
+        """Refuse a source that is not (rows, L, ``source_size``)."""
+        size = self.config.source_size
+        if source is not None and (not size or source.dim() != 3 or source.shape[::2] != (rows, size)):
+            expected = f"({rows}, tokens, {size})" if size else "None where source_size is 0"
+            raise ValueError(f"source: received shape {tuple(source.shape)}, expected {expected}")
 
     def _sample(
         self,
@@ -112,12 +126,13 @@ class TextGeneration(ClassVAE, GenerationMixin):
         cpu, length, pad = input_ids.device.type == "cpu", input_ids.shape[1], generation_config.pad_token_id
         chunk = max(1, (1 << 21 if cpu else 1 << 28) // self.config.vocab_size)  # on a CPU logits that stay in the cache
         latents, hidden = self.with_class(kwargs["latents"], kwargs.get("class_labels")).to(self.dtype), None
+        source = kwargs.get("source")
         rows = torch.arange(len(input_ids), device=input_ids.device)
         written = F.pad(input_ids, (0, stopping_criteria.max_length - length), value=pad)
         lengths, done = torch.full_like(rows, length), torch.zeros_like(rows, dtype=torch.bool)
         for end in range(length, written.shape[1]):
             new = written[rows, 0 if hidden is None else end - 1 : end]
-            states, hidden = self.decoder(new, latents[rows], hidden)
+            states, hidden = self.decoder(new, latents[rows], hidden, source)
             parts = zip(written[rows, :end].split(chunk), states[:, -1].split(chunk), strict=True)
             tokens = torch.cat([self._choose(logits_processor(ids, self.lm_head(h).float()), generation_config) for ids, h in parts])
             written[rows, end], lengths[rows] = tokens.masked_fill(done, pad), lengths[rows] + ~done
@@ -125,6 +140,7 @@ class TextGeneration(ClassVAE, GenerationMixin):
             if cpu or end % 8 == 0:  # elsewhere the host would wait for the device
                 if done.all():
                     break
+                source = source if source is None or not done.any() else source[~done]
                 rows, hidden, done = rows[~done], hidden[:, ~done], done[~done]
         return written[:, : int(lengths.max())]
 

@@ -4,11 +4,13 @@ r"""A sentence VAE: GRU encoder, GRU decoder that is fed the latent as its initi
     h_0 = tanh(U z),  h_t = GRU([e(x_{t-1}); z], h_{t-1})
 
 With D = 0 that is a language model: there is no encoder, the KL divergence is 0 and the ELBO is log p(x), exactly.
+A decoder may also attend to the encoder's states of another text, its source: p(x|z, source) then. Never to those of its own text.
 A row is BOS ... EOS, padded at either side; EOS is scored, BOS is not, padding never. Losses are sums over a row's tokens, in nats.
 Shapes: ``B`` batch, ``T`` tokens with BOS, ``D`` latent, ``H`` hidden, ``V`` vocabulary.
 
 References:
     Bowman et al. (2016), Generating sentences from a continuous space, https://arxiv.org/abs/1511.06349
+    Luong et al. (2015), Effective approaches to attention-based neural machine translation, https://arxiv.org/abs/1508.04025
     Zhao et al. (2017), Learning discourse-level diversity with conditional VAEs, https://arxiv.org/abs/1703.10960 (bag of words)
 """
 
@@ -25,11 +27,11 @@ from mmvae.aggregation import Posterior
 from mmvae.distributions import Autoregressive, DiagNormal, at_least_float32
 from mmvae.models.base import VAEOutput
 from mmvae.models.classes import ClassVAE, ClassVAEConfig
-from mmvae.models.configuration import refuse_unknown
+from mmvae.models.inherited import refuse_unknown
 from mmvae.models.text_generation import TextGeneration
 from mmvae.nn import ScaledMean, fold_leading
 from mmvae.objectives import Objective
-from mmvae.recurrent import GRUDecoder, GRUEncoder, GRUState, linear_cross_entropy, right_padded
+from mmvae.recurrent import GRUDecoder, GRUEncoder, GRUState, check_ids, linear_cross_entropy, right_padded, sentences
 from mmvae.terms import Terms
 
 _OF_A_LATENT = ("bidirectional", "bow_weight", "encoder_dropout", "encoder_layers", "latent_skip", "mean_scale", "num_classes", "pooling")
@@ -55,6 +57,8 @@ class TextVAEConfig(ClassVAEConfig):
         latent_skip: add a linear map of z to every state of the decoder, too.
         mean_scale: gamma of :class:`mmvae.nn.ScaledMean`, normalisation of the posterior's mean over the batch; 0: none.
         bow_weight: weight of the auxiliary log p(words|z), their order left out, beside the objective in training; 0: none.
+        source_size: width of the states of a source that the decoder attends to, ``states_size`` of that one's configuration; 0: none.
+        source_dropout: share of the training rows that do not see their source, [0, 1], so that the latent alone is of use, too.
         tie_word_embeddings: the output layer's weights are the decoder's embedding.
         share_embeddings: the encoder reads the decoder's embedding.
         pad_token_id, bos_token_id, eos_token_id, unk_token_id: as the tokenizer has them; where pad is BOS or EOS too (GPT-2), give masks.
@@ -78,6 +82,8 @@ class TextVAEConfig(ClassVAEConfig):
     latent_skip: bool = False
     mean_scale: float | int = 0.0
     bow_weight: float | int = 0.0
+    source_size: int = 0
+    source_dropout: float | int = 0.0
     tie_word_embeddings: bool = False
     share_embeddings: bool = False
     pad_token_id: int = 0
@@ -98,6 +104,8 @@ class TextVAEConfig(ClassVAEConfig):
         "word_dropout": (0, 1),
         "mean_scale": (0, 100),
         "bow_weight": (0, 1e6),
+        "source_size": (0, 65_536),
+        "source_dropout": (0, 1),
     }
 
     choices: ClassVar[dict[str, Sequence[Any]]] = ClassVAEConfig.choices | {"pooling": ("last", "mean", "max")}
@@ -108,10 +116,17 @@ class TextVAEConfig(ClassVAEConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(f"TextVAEConfig.{name}: received {getattr(self, name)}, expected 0 to {self.vocab_size - 1}")
+        if self.source_size and self.num_classes:
+            raise ValueError(f"TextVAEConfig.source_size: received {self.source_size}, expected 0 with {self.num_classes} classes")
         for name in () if self.latent_dim else _OF_A_LATENT:
             if getattr(self, name) != getattr(TextVAEConfig, name):
                 expected = f"expected {getattr(TextVAEConfig, name)!r} with latent_dim 0, a language model"
                 raise ValueError(f"TextVAEConfig.{name}: received {getattr(self, name)!r}, {expected}")
+
+    @property
+    def states_size(self) -> int:
+        """Width of the encoder's states."""
+        return self.hidden_size * (2 if self.bidirectional else 1)
 
     def _densities(self) -> dict[str, tuple[str, str | None]]:
         return super()._densities() if self.latent_dim else {}
@@ -138,9 +153,11 @@ class TextVAE(TextGeneration, ClassVAE):
 
     def __init__(self, config: TextVAEConfig):
         super().__init__(config)
+        self.condition_names = (*self.condition_names, "source") if config.source_size else self.condition_names
         size, latent = config.hidden_size, config.latent_dim + config.num_classes
         options = {"num_layers": config.decoder_layers, "embedding_dropout": config.embedding_dropout, "dropout": config.dropout}
         options |= {"tied": config.tie_word_embeddings, "skip": config.latent_skip}
+        options |= {"source_size": config.source_size, "source_dropout": config.source_dropout}
         self.decoder = GRUDecoder(config.vocab_size, config.embedding_size, size, latent, **options)
         if config.latent_dim:
             self._build_encoder(config)
@@ -212,29 +229,41 @@ class TextVAE(TextGeneration, ClassVAE):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
         """The encoder's summary (B, F) of rows that are given as to :meth:`encode`."""
+        return self._read(input_ids, attention_mask, inputs_embeds)[1]
+
+    def encode_with_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[DiagNormal, Tensor]:
+        """q(z|x), and the encoder's states (B, T, F), 0 on padding: the ``source`` of another text. Arguments as for :meth:`encode`."""
+        states, summary, real = self._read(input_ids, attention_mask, None)
+        return self.latent_given(summary), states * real.unsqueeze(-1)
+
+    def _read(self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoder's states (B, T, F), its summary, and where the states are of real tokens, (B, T) bool."""
         if self.encoder is None:
-            return torch.zeros(len(self._sentences(input_ids, attention_mask)[0]), 0, device=self.device)
+            real = self._sentences(input_ids, attention_mask)[1]
+            return torch.zeros(*real.shape, 0, device=self.device), torch.zeros(len(real), 0, device=self.device), real
         if inputs_embeds is None:
             input_ids, real = self._sentences(input_ids, attention_mask)
             inputs_embeds = (self.decoder.embed_tokens if self.encoder_embedding is None else self.encoder_embedding)(input_ids)
         else:
             mask = inputs_embeds.new_ones(inputs_embeds.shape[:2]) if attention_mask is None else attention_mask
             inputs_embeds, real = right_padded(inputs_embeds, mask)
-        return self.encoder(self.encoder_dropout(inputs_embeds), real.sum(1).clamp_min(1))[1]
+        return *self.encoder(self.encoder_dropout(inputs_embeds), real.sum(1).clamp_min(1)), real
 
-    def decode(self, z: Tensor, class_labels: Tensor | None = None) -> Autoregressive:
-        """p(x|z) or p(x|y, z), teacher-forced; its event is what :meth:`target` gives.
+    def decode(self, z: Tensor, class_labels: Tensor | None = None, source: Tensor | None = None) -> Autoregressive:
+        """p(x|z), p(x|y, z) or p(x|z, source), teacher-forced; its event is what :meth:`target` gives.
 
         Arguments:
             z: (*, B, D).
             class_labels: y, (*, B) int64, of a model with classes.
+            source: (B, L, F) of :meth:`encode_with_states`; a state of nothing but 0 is none. None: p(x|z) of the latent alone.
 
         Raises:
-            ValueError: for latents of another width, or classes that are not the model's.
+            ValueError: for latents of another width, classes that are not the model's, or a source of another shape.
         """
         self.check_latents(z)
+        self.check_source(source, z.shape[-2])
         z = self.with_class(z, class_labels)
-        return Autoregressive(lambda target: self._token_log_prob(z, target), z.shape[:-1])
+        return Autoregressive(lambda target: self._token_log_prob(z, target, source), z.shape[:-1])
 
     def terms(self, q: Posterior, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Terms:
         """Latents and likelihoods, and in training the auxiliary bag of words (Zhao et al., 2017); see :meth:`VAE.terms`."""
@@ -256,7 +285,7 @@ class TextVAE(TextGeneration, ClassVAE):
         """Tokens that are scored of every row, (B,)."""
         return (self.target(input_ids, attention_mask) != -100).sum(1)
 
-    def _token_log_prob(self, z: Tensor, target: Tensor) -> Tensor:
+    def _token_log_prob(self, z: Tensor, target: Tensor, source: Tensor | None) -> Tensor:
         """(*, B, T) nats, 0 where the target is -100."""
         target = target.expand(*z.shape[:-1], target.shape[-1])
         if not target.shape[-1]:
@@ -268,7 +297,7 @@ class TextVAE(TextGeneration, ClassVAE):
         if self.training and self.config.word_dropout:
             dropped = torch.rand(inputs[:, 1:].shape, device=inputs.device) < self.config.word_dropout
             inputs = torch.cat([inputs[:, :1], inputs[:, 1:].masked_fill(dropped, self.config.unk_token_id)], 1)
-        states = self.decoder(inputs, flat.to(self.dtype))[0]
+        states = self.decoder(inputs, flat.to(self.dtype), source=source)[0]
         scored = wanted != -100
         nll = linear_cross_entropy(states[scored], self.lm_head.weight, self.lm_head.bias, wanted[scored])
         return nll.new_zeros(wanted.shape).masked_scatter(scored, -nll).reshape(target.shape)
@@ -297,7 +326,7 @@ class TextVAE(TextGeneration, ClassVAE):
             attention_mask: (B, T), 1 on real tokens; made from ``pad_token_id`` when None.
             latents: (B, D); then ``input_ids`` is a prefix and the output holds ``logits`` (B, T, V). A model with classes takes
                 ``class_labels`` (B,) with them, and otherwise ``labels`` (B,), -100 where unknown; not as arguments of their own, which
-                would keep ``Trainer`` from a loss without labels.
+                would keep ``Trainer`` from a loss without labels; nor is ``source``, as for :meth:`decode`.
             past_key_values, use_cache: the decoder's state while generating.
             return_loss: there for ``transformers.Trainer``; the loss is always returned.
             kwargs: those, and what transformers hands to every model and this one has no use for; any other name is a TypeError.
@@ -305,33 +334,17 @@ class TextVAE(TextGeneration, ClassVAE):
         refuse_unknown(self, kwargs)
         if latents is not None:
             self.check_latents(latents)
-            self._check(input_ids)
+            check_ids(input_ids)
+            self.check_source(kwargs.get("source"), len(input_ids))
             latents = self.with_class(latents, kwargs.get("class_labels"))
             hidden = None if past_key_values is None else past_key_values.hidden
             seen = 0 if past_key_values is None else past_key_values.length
-            states, hidden = self.decoder(input_ids, latents.to(self.dtype), hidden)
+            states, hidden = self.decoder(input_ids, latents.to(self.dtype), hidden, kwargs.get("source"))
             state = GRUState(hidden, seen + input_ids.shape[1]) if use_cache else None
             return VAEOutput(logits=self.lm_head(states), past_key_values=state, hidden_states=(states,) if output_hidden_states else None)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": kwargs.get("labels")}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": kwargs.get("labels"), "source": kwargs.get("source")}
         return self.bound(inputs, beta, num_samples, objective, noise_key, sample_posterior, output_hidden_states)
 
     def _sentences(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Ids (B, T) with their padding moved to the right, and where they are real, (B, T) bool."""
-        self._check(input_ids)
-        pad, shape = self.config.pad_token_id, tuple(input_ids.shape)
-        if attention_mask is None:
-            if pad in (self.config.bos_token_id, self.config.eos_token_id):
-                raise ValueError(f"attention_mask: received None, expected a mask since pad_token_id {pad} is also BOS or EOS")
-            return right_padded(input_ids, input_ids != pad)
-        if not isinstance(attention_mask, Tensor):
-            raise TypeError(f"attention_mask: received a {type(attention_mask).__name__}, expected a tensor")
-        if attention_mask.shape != shape:
-            raise ValueError(f"attention_mask: received shape {tuple(attention_mask.shape)}, expected {shape}")
-        return right_padded(input_ids, attention_mask)
-
-    def _check(self, input_ids: Tensor) -> None:
-        if input_ids is not None and not isinstance(input_ids, Tensor):
-            raise TypeError(f"input_ids: received a {type(input_ids).__name__}, expected a tensor")
-        if input_ids is None or input_ids.dim() != 2 or not input_ids.shape[1]:
-            shape = None if input_ids is None else tuple(input_ids.shape)
-            raise ValueError(f"input_ids: received shape {shape}, expected (batch, tokens) with at least one token")
+        config = self.config
+        return sentences(input_ids, attention_mask, config.pad_token_id, (config.bos_token_id, config.eos_token_id))

@@ -28,7 +28,8 @@ from transformers.utils.generic import can_return_tuple
 from mmvae.distributions import BagOfWords, DiagNormal
 from mmvae.metrics import relevant_words
 from mmvae.models.base import VAEOutput
-from mmvae.models.configuration import VAEConfig, refuse_unknown
+from mmvae.models.configuration import VAEConfig
+from mmvae.models.inherited import refuse_unknown
 from mmvae.models.unimodal import VAEModel
 from mmvae.nn import fold_leading
 from mmvae.objectives import Objective

@@ -27,6 +27,10 @@ class VAEModel(VAE):
         """q(z|x), batch (B,)."""
         raise NotImplementedError
 
+    def encode_with_states(self, **inputs: Tensor) -> tuple[DiagNormal, Tensor]:
+        """q(z|x), and the states (B, L, ``config.states_size``) that decoders of other modalities may attend to, 0 where there is none."""
+        raise NotImplementedError
+
     def decode(self, z: Tensor, **conditions: Tensor) -> Distribution:
         """p(x|z), batch (*, B), from z (*, B, *event)."""
         raise NotImplementedError
