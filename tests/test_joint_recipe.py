@@ -12,10 +12,12 @@ from mmvae import MMVAE, MMVAEProcessor
 from mmvae.judge import Judge
 
 SMALL = {"image": {"image_size": 64, "hidden_channels": [2, 2, 4, 4], "norm": "none"}, "text": {"embedding_size": 8, "hidden_size": 8}}
+WORDS_SMALL = {"text": {**SMALL["text"], "source_dropout": 0.3}}
 DENSITIES = {"shared": {"kind": "mixture", "num_components": 2}}
 JOINT = [*TINY, "--vaes", json.dumps(SMALL), "--densities", json.dumps(DENSITIES)]
 WORDS = ["--modalities", "en:text,de:text", "--private_dims", '{"de": 2}', "--likelihood_weights", '{"en": 2}', "--ema_decay", "0.9"]
-WORDS += ["--modality_dropout", '{"en": 0.3}', "--accumulation", "2"]
+WORDS += ["--modality_dropout", '{"en": 0.3, "de": 0.3}', "--accumulation", "2"]
+WORDS += ["--vaes", json.dumps(WORDS_SMALL), "--sources", '{"de": "en"}']
 OWN = ["README.md", "config.json", "metrics.json", "model.safetensors", "processor_config.json", "figures/curves.png"]
 
 
@@ -77,9 +79,8 @@ def test_evaluate_gives_the_figures_of_the_run_and_those_of_a_joint_model(finish
     assert {"neg_elbo_nats", "nll_nats", "reconstruction_nats_de", "mutual_information_nats"} <= shared
     assert {name: again[name] for name in shared} == pytest.approx({name: before[name] for name in shared}, rel=1e-5, abs=1e-5)
     assert record["rows"] == 8  # of nine, of which one has nothing
-    assert {"conditional_nll_nats_en", "en_to_de/recall_at_10", "de_to_en/chance_at_1", "en_to_de/bleu", "de_to_en/exact_match"} <= set(
-        again
-    )
+    assert {"conditional_nll_nats_en", "conditional_nll_nats_de_attending_to_en"} <= set(again)
+    assert {"en_to_de/recall_at_10", "de_to_en/chance_at_1", "en_to_de/bleu", "de_to_en/exact_match"} <= set(again)
     assert again["en_to_de/candidates"] == 5
     # two seeds are two folders; here one is there twice
     swapped = [*options, "--modalities", "de:text:de,en:text", "--num_generated", "0", "--output", tmp_path / "both.json"]
