@@ -5,8 +5,9 @@
     accelerate launch recipes/joint_vae.py --config recipes/configs/multi30k.yaml --dataset path/to/multi30k
 
 The options' defaults suit the built-in sprites: one object that is turned and shifted on a plain background. Its place is a part of the
-shared latent, since captions may tell it, its angle is the picture's own. Start the same command again after a stop and it goes on where
-it was. Results: see README.md.
+shared latent, since captions may tell it, its angle is the picture's own. With --sources a text that is made of another one is written
+by attention to that one's states, as a translation or a summary is. Start the same command again after a stop and it goes on where it
+was. Results: see README.md.
 """
 
 import json
@@ -71,6 +72,10 @@ class JointArguments:
             raise ValueError(f"augmentation: received {self.augmentation[name]!r} for {name!r}, expected pictures' modalities only")
         self.augmentation = {name: Augmentation(**changes) for name, changes in self.augmentation.items()}
         self.sources = mapping("sources", self.sources)
+        for name in (name for name in self.sources if not self.modality_dropout.get(name)):
+            raise ValueError(
+                f"modality_dropout: received none of {name!r}, expected some: only where its text is hidden it attends to its source"
+            )
         self.aggregation_options = mapping("aggregation_options", self.aggregation_options)
         of = {"private": [f"private_{name}" for name in self.private_dims], "shared_given": [f"shared_given_{name}" for name in self.kinds]}
         self.densities = {name: kind for key, kind in mapping("densities", self.densities).items() for name in of.get(key, [key])}

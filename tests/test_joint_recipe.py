@@ -137,6 +137,12 @@ def test_only_pictures_are_augmented(tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_text_that_is_never_hidden_cannot_learn_to_attend(data, tmp_path):
+    options = ["--modalities", "en:text,de:text", "--modality_dropout", '{"en": 0.3}', "--sources", '{"de": "en"}']
+    with pytest.raises(ValueError, match="modality_dropout: received none of 'de', expected some"):
+        run("joint_vae", ["--dataset", data, "--output_dir", str(tmp_path / "out"), *JOINT, *options])
+
+
 def test_two_modalities_of_one_column_are_refused_before_any_work(data, tmp_path):
     options = ["--modalities", "a:text:en,b:text:en", "--likelihood_weights", "{}", "--private_dims", "{}"]
     with pytest.raises(ValueError, match="column 'en' is taken already, expected another one for 'b'"):
