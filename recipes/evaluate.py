@@ -91,6 +91,10 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     columns = read_columns(model, processor, data, args.modalities, args.column, **reading)
     if isinstance(columns[0], ImageColumn) and not joint:
         transform = binarization(model.config.binarize)
+    writes = isinstance(columns[0], TextColumn) and not joint
+    for option in ("reference_lm", "samples_file"):
+        if getattr(args, option) and not writes:
+            raise ValueError(f"{option}: received {getattr(args, option)!r} for a {type(model).__name__}, expected a text VAE")
     rows = Rows(data, columns, name=args.dataset, on_bad_row=args.on_bad_row)
     loader = Loader(rows, args.batch_size, shuffle=False, rank=accelerator.process_index, world_size=accelerator.num_processes)
     began = time.perf_counter()
@@ -103,7 +107,7 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
         options = {"num_generated": args.num_generated, "seed": args.seed}
         judging = {"judge": judge, "level": data.level} if judge else {}
         figures |= evaluate_joint(accelerator, model, processor, rows, truths, num_beams=args.num_beams, **judging, **options)
-    if isinstance(columns[0], TextColumn) and not joint and min(args.num_generated, len(data)) > 1:
+    if writes and min(args.num_generated, len(data)) > 1:
         options = {"num_generated": min(args.num_generated, len(data)), "num_beams": args.num_beams, "seed": args.seed}
         with contextlib.suppress(ValueError):  # a data set without training rows
             options |= {"known": splits(args.dataset)["train"][columns[0].name][:]}
@@ -111,11 +115,11 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
             reference = AutoModel.from_pretrained(args.reference_lm, dtype="float32").to(accelerator.device)
             options |= {"reference": (reference, AutoProcessor.from_pretrained(args.reference_lm))}
         figures |= evaluate_sentences(accelerator, model, processor, rows, data[columns[0].name][:], **options)
-        if args.samples_file:
-            drawn = samples(accelerator, model, processor, args.num_samples, seed=args.seed)
-            if accelerator.is_main_process:
-                lines = (json.dumps({columns[0].name: text}) + "\n" for text in drawn)
-                Path(args.samples_file).write_text("".join(lines), encoding="utf-8")
+    if args.samples_file:
+        drawn = samples(accelerator, model, processor, args.num_samples, seed=args.seed)
+        if accelerator.is_main_process:
+            lines = (json.dumps({columns[0].name: text}) + "\n" for text in drawn)
+            Path(args.samples_file).write_text("".join(lines), encoding="utf-8")
     options = {"training_rows": lambda: splits(args.dataset)["train"], "label": args.label}
     options |= {"num_generated": args.num_generated, "seed": args.seed}
     figures |= evaluate_by_training_rows(accelerator, model, processor, rows, data, **options)
