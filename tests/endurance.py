@@ -1,12 +1,14 @@
 """What takes longer than the suite may: full disks, steps that are not finite, and a long run with many saves.
 
     python tests/endurance.py disk      50 saves onto a file system that is full at another byte each time (needs unshare)
-    python tests/endurance.py nans      100 steps whose loss, gradient or input is made not finite
+    python tests/endurance.py nans      100 steps whose loss, gradient or input is made not finite; --ranks 2: on one of two gloo ranks
+    python tests/endurance.py saving    the share of the time that saving takes in the default runs of two recipes
     python tests/endurance.py soak      100,000 steps with 1,000 saves and 10 resumes: memory and open files
 
 Each prints one line of JSON; the exit code is 1 when anything was lost or not told.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -17,13 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from distributed_toy import make, run
+from recipe_runs import recipe
 
-from mmvae import checkpoint
+from mmvae import checkpoint, loop
 from mmvae.checkpoint import CheckpointError
+from mmvae.optimization import unwrap
 from mmvae.training import fit
 
 
@@ -31,7 +37,7 @@ def disk(root: Path) -> dict:
     """Mount 4 MiB as root of a name space of its own, and save there."""
     mount = 'mount -t tmpfs -o size=4m tmpfs "$0" && exec "$@"'
     done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", mount, root, sys.executable, __file__, "filled", root], capture_output=True, text=True
+        ["unshare", "-rm", "sh", "-c", mount, root, sys.executable, __file__, "filled", "--folder", root], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -57,23 +63,33 @@ def filled(root: Path) -> dict:
     return {"saves": 50, "lost": lost, "named": named, "rubbish": rubbish, "fault": bool(lost or rubbish or named < 50)}
 
 
-def nans(root: Path) -> dict:
-    """Spoil 100 of 400 steps at random places, and read every checkpoint."""
+def nans(root: Path, ranks: int = 1) -> dict:
+    """Spoil 100 of 400 steps at random places, each on one rank, and read every checkpoint."""
+    if ranks > 1 and "RANK" not in os.environ:
+        command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__, "nans", "--ranks", str(ranks)]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-m", *command, "--folder", root], env=environment, capture_output=True, text=True)
+        assert done.returncode in (0, 1) and done.stdout, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
     rng = random.Random(0)
     bad = {n: (rng.choice(["loss", "gradient", "input"]), rng.choice([math.nan, math.inf])) for n in rng.sample(range(400), 100)}
     accelerator, step, loader, arguments = make(num_epochs=None, max_steps=400, save_every=5, evaluate=None, max_skipped=50, log_every=5)
-    weights = list(arguments["state"]["model"].parameters())
+    spoiler = {n: rng.randrange(ranks) for n in bad}
+    model = unwrap(arguments["state"]["model"])
+    weights = list(model.parameters())
     now: dict = {}
     for weight in weights:
         weight.register_hook(lambda g, mine=weight: g * now["value"] if now.get("place") == "gradient" and mine is now["weight"] else g)
-    arguments["state"]["model"].register_forward_hook(lambda *a: a[2] * now["value"] if now.get("place") == "loss" else a[2])
-    arguments["state"]["model"].inner[1].register_forward_hook(lambda *a: a[2] + now["value"] if now.get("place") == "input" else a[2])
-    spoilt = wrong = 0
+    model.register_forward_hook(lambda *a: a[2] * now["value"] if now.get("place") == "loss" else a[2])
+    model.inner[1].register_forward_hook(lambda *a: a[2] + now["value"] if now.get("place") == "input" else a[2])
+    spoilt = 0
 
     def spoiling(batch, n):
         now.clear()
         if n in bad:
-            now.update(place=bad[n][0], value=bad[n][1], weight=rng.choice(weights))
+            weight = rng.choice(weights)
+            if spoiler[n] == accelerator.process_index:
+                now.update(place=bad[n][0], value=bad[n][1], weight=weight)
         return step(batch, n)
 
     def check(_):
@@ -87,12 +103,51 @@ def nans(root: Path) -> dict:
 
     with contextlib.redirect_stdout(io.StringIO()) as said:
         result = fit(accelerator, spoiling, loader, folder=root, **arguments | {"on_log": check})
+    taken = torch.tensor([int(arguments["state"]["optimizer"].state_dict()["state"][0]["step"])])
+    ended = [x.tolist() for x in (accelerator.gather(taken), accelerator.gather(torch.cat([w.detach().flatten() for w in weights])[None]))]
     check(None)
-    told = {int(line.split()[1][:-1]) - 1 for line in said.getvalue().splitlines() if "not taken" in line and "rows " in line}
-    wrong = len(told ^ set(bad))
-    taken = int(arguments["state"]["optimizer"].state_dict()["state"][0]["step"])
-    outcome = {"steps": result.step, "not_finite": len(bad), "told": len(told), "spoilt_checkpoints": spoilt, "taken": taken}
-    return outcome | {"fault": bool(spoilt or wrong or taken != 300)}
+    told = {int(line.split()[1][:-1]) - 1: line for line in said.getvalue().splitlines() if "not taken" in line and "rows " in line}
+    # a gradient is the sum of all ranks' gradients, so only of a loss is it known whose it was
+    blamed = {n: f"on rank {spoiler[n]}" in line and (bad[n][0] == "gradient" or line.count("on rank") == 1) for n, line in told.items()}
+    outcome = {"steps": result.step, "not_finite": len(bad), "told": sum(blamed.values()), "spoilt_checkpoints": spoilt, "taken": ended[0]}
+    outcome |= {"ranks": ranks, "equal_weights": all(weights == ended[1][0] for weights in ended[1])}
+    right = told.keys() == bad.keys() and all(blamed.values()) and ended[0] == [300] * ranks and outcome["equal_weights"]
+    return outcome | {"fault": bool(spoilt or not right)}
+
+
+def saving(root: Path) -> dict:
+    """The default runs of two recipes, as long as a thousand steps: seconds of the clock in saving for each second of CPU time in training.
+
+    Other programs can make the former longer but not the latter, so they only make the share larger.
+    """
+    outcome = {}
+    for name in ("image_vae", "text_vae"):
+        module, spent, taken = recipe(name), [], []
+        arguments = [f"{name}.py", "--max_steps", "1000", "--output_dir", str(root / name)]
+        with (
+            mock.patch.object(loop.Run, "save", timed(loop.Run.save, spent, time.monotonic)),
+            mock.patch.object(module, "train", timed(module.train, taken, time.process_time)),
+            mock.patch.object(module, "finish"),
+            mock.patch.object(sys, "argv", arguments),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            module.main()
+        size = sum(file.stat().st_size for file in checkpoint.newest(root / name / "checkpoints")[0].iterdir())
+        share = round(sum(spent) / sum(taken), 4)
+        outcome[name] = {"saves": len(spent), "megabytes": round(size / 1e6, 1), "seconds": round(sum(taken)), "share": share}
+    return outcome | {"fault": any(each["share"] >= 0.05 for each in outcome.values())}
+
+
+def timed(function: Callable, seconds: list[float], clock: Callable[[], float]) -> Callable:
+    """The function, which notes how long each call took."""
+
+    def call(*args, **options):
+        began = clock()
+        result = function(*args, **options)
+        seconds.append(clock() - began)
+        return result
+
+    return call
 
 
 def soak(root: Path) -> dict:
@@ -109,10 +164,22 @@ def soak(root: Path) -> dict:
     return outcome | {"seconds": round(time.monotonic() - started), "fault": drift >= 0.02 or len(set(files)) > 1}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """One of them by the command line; prints its outcome."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["disk", "filled", "nans", "saving", "soak"])
+    parser.add_argument("--ranks", type=int, default=1, help="of nans: 2 spoils one of two gloo ranks")
+    parser.add_argument("--folder", type=Path)
+    args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        given = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(folder)
-        outcome = {"disk": disk, "filled": filled, "nans": nans, "soak": soak}[sys.argv[1]](given)
-    print(json.dumps(outcome))
+        outcome = globals()[args.what](args.folder or Path(folder), *([args.ranks] if args.what == "nans" else []))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(outcome), flush=True)
+    if "RANK" in os.environ:
+        os._exit(outcome["fault"])  # the teardown of gloo sometimes aborts after all work is done
     sys.exit(outcome["fault"])
+
+
+if __name__ == "__main__":
+    main()
