@@ -8,19 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from localhub import Handler, LocalHub
-
-
-class FallibleHandler(Handler):
-    """A Hub that breaks down at the commit when it is told to, after every file has arrived."""
-
-    breaks = False
-
-    def do_POST(self):
-        if type(self).breaks and "/commit/" in self.path:
-            self.body()
-            return self.error(500, "broken down")
-        return self.handle_any()
+from hub_faults import FaultyHandler, faults
+from localhub import LocalHub
 
 
 def state(hub, repo_id):
@@ -64,12 +53,11 @@ def scenario(hub, folder):
     ours.save_pretrained(folder)
     for figure in (folder / "figures").glob("*.png"):
         figure.rename(figure.with_name("renamed.png"))
-    FallibleHandler.breaks = True
+    FaultyHandler.fault, FaultyHandler.place, FaultyHandler.left = "500", "/commit/", 1  # after every file has arrived
     seen["broken"], seen["after_failure"] = (
         failure(lambda: push(folder, "alice/tiny", private=True)),
         state(hub, "alice/tiny"),
     )
-    FallibleHandler.breaks = False
     again = BertModel.from_pretrained("alice/tiny", force_download=True)
     seen["old_revision_whole"] = all(
         torch.equal(a, b) for a, b in zip(again.state_dict().values(), theirs.state_dict().values(), strict=True)
@@ -82,6 +70,7 @@ def scenario(hub, folder):
     push(folder, "alice/open")
     seen["public_asked_private"] = failure(lambda: push(folder, "alice/open", private=True))
     seen["own"] = {name: own(hub, folder.parent / "own", name) for name in ("text_vae", "image_vae", "joint_vae")}
+    seen["faults"] = faults(hub, folder.parent)
     seen["unknown_endpoints"] = hub.srv.unknown
     return seen
 
@@ -115,7 +104,7 @@ def own(hub, root, name):
 
 def main():
     with LocalHub() as hub:
-        hub.srv.RequestHandlerClass = FallibleHandler
+        hub.srv.RequestHandlerClass = FaultyHandler
         os.environ["HF_ENDPOINT"] = hub.url
         print(json.dumps(scenario(hub, Path(sys.argv[1]))))
 

@@ -227,6 +227,36 @@ def test_next_push_completes_and_tidies(seen):
     assert seen["branches"] == ["main", "trial"]
 
 
+@pytest.mark.parametrize(("place", "whole"), [("model.safetensors", "TextVAE"), ("train.jsonl", 300)])
+@pytest.mark.parametrize("fault", ["cut", "half", "byte", "429", "503"])
+def test_a_faulty_hub_is_tried_again_then_named_and_nothing_half_is_kept(seen, place, whole, fault):
+    lasting, name = seen["faults"][f"{place} {fault} lasting"], {"TextVAE": "alice/vae", 300: "alice/rows"}[whole]
+    assert name in lasting["outcome"]
+    assert lasting["requests"] < 20 and lasting["slept"] <= 40
+    assert lasting["halves"] == [] and lasting["then"] == whole
+    if fault == "byte":
+        assert ("sha256" in lasting["outcome"] and "force_download=True" in lasting["outcome"]) or "force_redownload" in lasting["outcome"]
+    elif fault != "half":  # which comes too short: that is an error at once
+        passing = seen["faults"][f"{place} {fault} passing"]
+        assert passing["outcome"] == whole and 0 < passing["slept"] <= lasting["slept"]
+
+
+def test_offline_the_cache_is_enough_and_its_lack_is_told(seen):
+    kept = [seen["faults"][f"{place} offline kept"] for place in ("model.safetensors", "train.jsonl")]
+    assert [case["outcome"] for case in kept] == ["TextVAE", 300]
+    lacking = [seen["faults"][f"{place} offline"] for place in ("model.safetensors", "train.jsonl")]
+    assert "alice/vae: cannot be fetched from the Hub" in lacking[0]["outcome"] and "couldn't connect" in lacking[0]["outcome"]
+    assert "alice/rows is neither a local path nor reachable on the Hub" in lacking[1]["outcome"]
+    assert not any(case["requests"] or case["slept"] for case in kept + lacking)
+
+
+def test_a_push_that_fails_leaves_the_old_revision_and_the_next_one_completes(seen):
+    assert seen["faults"]["push /__lfs__/ passing"]["outcome"] == "vae"
+    for place, named in (("/__lfs__/", "uploading 'model.safetensors'"), ("/commit/", "503 Service Unavailable")):
+        case = seen["faults"][f"push {place} lasting"]
+        assert named in case["outcome"] and case["old"] and case["then"] == "vae"
+
+
 def test_no_file_holds_the_token(folder, seen):
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 8

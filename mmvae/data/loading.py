@@ -133,6 +133,11 @@ def _load(dataset: str, streaming: bool, options: dict[str, Any], on_bad_row: st
         return datasets.load_dataset(dataset, streaming=streaming, **options)
     except (ConnectionError, FileNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(f"{dataset} is neither a local path nor reachable on the Hub ({error})") from error
+    except Exception as error:  # of the HTTP library too, and of a damaged file
+        error.add_note(
+            f'{dataset} cannot be read from the Hub; if a file of it is damaged, download_mode="force_redownload" fetches it again'
+        )
+        raise
 
 
 def _load_local(path: Path, dataset: str, streaming: bool, options: dict[str, Any], on_bad_row: str) -> dict[str, Any]:

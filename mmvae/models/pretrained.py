@@ -52,14 +52,19 @@ class VerifiedModel(PreTrainedModel):
         Raises:
             FolderError: naming the file or the field: not a model of this kind, not safe to read, damaged, incomplete,
                 or of other shapes than was asked for. Nothing was made of it.
-            OSError: there is no such folder or repository.
+            OSError: there is no such folder or repository, or it cannot be fetched; nothing half is kept.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)
         _refuse_formats(kwargs)
         folder = _local(pretrained_model_name_or_path, kwargs)
         told, asked = kwargs.pop("output_loading_info", False), kwargs.get("config", kwargs)
-        tensors, saved = verify(folder), read_json(folder / CONFIG)
+        try:
+            tensors, saved = verify(folder), read_json(folder / CONFIG)
+        except FolderError as error:
+            if os.path.isdir(pretrained_model_name_or_path):
+                raise
+            raise FolderError(f"{error}; force_download=True fetches {pretrained_model_name_or_path} from the Hub again") from error
         if saved.get("model_type") != cls.config_class.model_type:
             expected = f"expected {cls.config_class.model_type!r} for {cls.__name__}"
             raise FolderError(f"{folder / CONFIG}: model_type: received {saved.get('model_type')!r}, {expected}")
@@ -164,11 +169,14 @@ def _local(name: Any, options: dict[str, Any]) -> Path:
     subfolder = options.pop("subfolder", None) or ""
     if os.path.isdir(name):
         return Path(name, subfolder)
-    config = Path(cached_file(str(name), CONFIG, subfolder=subfolder, **hub))  # has good words for what is not there
-    root = config.parents[len(Path(subfolder).parts)]
-    hub |= {"revision": root.name, "local_files_only": hub.get("local_files_only", False) or is_offline_mode()}
-    patterns = [str(Path(subfolder, file)) for file in (CONFIG, "generation_config.json", MANIFEST, "model*.safetensors", INDEX)]
-    return Path(snapshot_download(str(name), allow_patterns=patterns, **hub), subfolder)
+    try:
+        config = Path(cached_file(str(name), CONFIG, subfolder=subfolder, **hub))  # has good words for what is not there
+        root = config.parents[len(Path(subfolder).parts)]
+        hub |= {"revision": root.name, "local_files_only": hub.get("local_files_only", False) or is_offline_mode()}
+        patterns = [str(Path(subfolder, file)) for file in (CONFIG, "generation_config.json", MANIFEST, "model*.safetensors", INDEX)]
+        return Path(snapshot_download(str(name), allow_patterns=patterns, **hub), subfolder)
+    except Exception as error:  # of the HTTP library too, and its errors name no file
+        raise OSError(f"{name}: cannot be fetched from the Hub: {error}") from error
 
 
 def _differing(had: Mapping[str, Any], asked: Mapping[str, Any], at: str = "") -> Iterator[str]:
