@@ -16,6 +16,7 @@ References:
     Pillai et al. (2014), All file systems are not created equal, https://www.usenix.org/conference/osdi14/technical-sessions/presentation/pillai
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -148,6 +149,7 @@ def _manifest(step: int, files: dict[str, dict[str, Any]], info: dict[str, Any])
     }
 
 
+@functools.cache  # reading it costs as much as writing a small checkpoint
 def _version(package: str) -> str | None:
     try:
         return version(package)

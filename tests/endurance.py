@@ -2,6 +2,7 @@
 
     python tests/endurance.py disk      50 saves onto a file system that is full at another byte each time (needs unshare)
     python tests/endurance.py nans      100 steps whose loss, gradient or input is made not finite; --ranks 2: on one of two gloo ranks
+    python tests/endurance.py retention 500 runs of saves, crashes and damage: which checkpoints are kept
     python tests/endurance.py saving    the share of the time that saving takes in the default runs of two recipes
     python tests/endurance.py soak      100,000 steps with 1,000 saves and 10 resumes: memory and open files
 
@@ -150,6 +151,43 @@ def timed(function: Callable, seconds: list[float], clock: Callable[[], float]) 
     return call
 
 
+def retention(root: Path, sequences: int = 500) -> dict:
+    """Saves, evaluations that improve, crashes and damage in random order: after each save exactly those are there that the rule keeps."""
+    rng = random.Random(0)
+    counts = dict.fromkeys(("saves", "deleted", "damaged", "wrong", "rubbish"), 0)
+    for number in range(sequences):
+        folder, keep, step, best = root / str(number), rng.randint(1, 3), 0, None
+        kept: dict[Path, tuple] = {}  # complete checkpoints: step, revision, best step when it was written
+        broken = set()
+        if rng.random() < 0.2:  # of another run, whose steps are higher
+            kept[checkpoint.save(folder, 1000, {})] = (1000, 0, None)
+        for _ in range(rng.randint(4, 8)):
+            if rng.random() < 0.2:  # a crash where nothing was sealed yet, and one in a deletion
+                for name in (f"step-{step + 1:08d}", f".tmp-{step + 1}-{2**22 + 1}", f".tmp-oldstep-00000001-{2**22 + 1}"):
+                    (folder / name).mkdir(parents=True, exist_ok=True)
+                    (folder / name / "state.json").write_text("{")
+                broken.add(folder / f"step-{step + 1:08d}")
+            if rng.random() < 0.2 and kept:  # the newest is damaged, and the run goes on from the one before
+                newest = max(kept, key=kept.get)
+                (newest / "state.json").write_text("{")
+                broken.add(newest)
+                del kept[newest]
+                step, _, best = max(kept.values(), default=(0, 0, None))
+                counts["damaged"] += 1
+            step += rng.randint(1, 2)
+            best = step if rng.random() < 0.3 else best
+            written = checkpoint.save(folder, step, {"progress": {"best": best}}, keep=keep, best=best)
+            others = sorted((path for path in kept if path != written), key=kept.get, reverse=True)
+            gone = [path for path in others[max(keep, 2) - 1 :] if kept[path][0] != best]
+            kept[written] = (step, int(written.suffix[1:] or 0), best)
+            kept = {path: kept[path] for path in kept if path not in gone}
+            counts["saves"] += 1
+            counts["deleted"] += len(gone)
+            counts["wrong"] += set(folder.glob("step-*")) != {*kept, *broken} or checkpoint.newest(folder)[0] != max(kept, key=kept.get)
+            counts["rubbish"] += len(list(folder.glob(".tmp-*")))
+    return counts | {"sequences": sequences, "fault": bool(counts["wrong"] or counts["rubbish"])}
+
+
 def soak(root: Path) -> dict:
     """Ten lives of 10,000 steps, one save for each hundred."""
     options = {"num_epochs": None, "save_every": 100, "log_every": 1000, "eval_every": 5000, "accumulation": 1}
@@ -167,7 +205,7 @@ def soak(root: Path) -> dict:
 def main() -> None:
     """One of them by the command line; prints its outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["disk", "filled", "nans", "saving", "soak"])
+    parser.add_argument("what", choices=["disk", "filled", "nans", "retention", "saving", "soak"])
     parser.add_argument("--ranks", type=int, default=1, help="of nans: 2 spoils one of two gloo ranks")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
