@@ -76,6 +76,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextlib.contextmanager
+def naming(*where: object) -> Iterator[None]:
+    """Name a file in the errors of libraries that read it and do not.
+
+    Arguments:
+        where: parts of its path; empty ones are left out.
+
+    Raises:
+        FolderError: with the path and what the library said. An OSError stays as it is: it names the file.
+    """
+    try:
+        yield
+    except (FolderError, OSError):
+        raise
+    except Exception as error:  # of every kind: wrong types, missing fields, too deep, and the tokenizers' own
+        path = "/".join(str(part) for part in where if part)
+        raise FolderError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
+
+
 def verify(folder: Path) -> dict[str, Stored]:
     """Check every file that a model is made from, before anything is made from it.
 

@@ -17,18 +17,22 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
+from mmvae.folder import naming
 from mmvae.models.configuration import input_name, prefixes
 from mmvae.models.inherited import nearest
 from mmvae.processing import decode_text
 
 __all__ = ["MMVAEProcessor"]
 
-_KINDS = {"image_processor": (BaseImageProcessor, AutoImageProcessor), "tokenizer": (PreTrainedTokenizerBase, AutoTokenizer)}
+_KINDS = {
+    "image_processor": (BaseImageProcessor, AutoImageProcessor, "preprocessor_config.json"),
+    "tokenizer": (PreTrainedTokenizerBase, AutoTokenizer, "tokenizer.json or tokenizer_config.json"),
+}
 _IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def _kind(name: str, part: Any) -> str:
-    for kind, (base, _) in _KINDS.items():
+    for kind, (base, *_) in _KINDS.items():
         if isinstance(part, base):
             return kind
     raise TypeError(f"modalities[{name!r}]: got {type(part).__name__}, expected an image processor or a tokenizer")
@@ -243,6 +247,12 @@ class MMVAEProcessor(ProcessorMixin):
         return files
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """A processor from a folder or from the Hub; an error in a file names the file, and of a part its folder."""
+        with naming(pretrained_model_name_or_path, kwargs.get("subfolder"), "processor_config.json"):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def _get_arguments_from_pretrained(cls, name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any) -> list[Any]:
         parts = (processor_dict or {}).get("parts")
         listed = isinstance(parts, list) and all(isinstance(part, list) and len(part) == 2 for part in parts)
@@ -252,4 +262,9 @@ class MMVAEProcessor(ProcessorMixin):
             )
         below = kwargs.pop("subfolder", "") or ""
         kwargs.pop("_from_auto", None)
-        return [{name: _KINDS[kind][1].from_pretrained(name_or_path, subfolder=str(Path(below, name)), **kwargs) for name, kind in parts}]
+        read = {}
+        for name, kind in parts:
+            _, reader, files = _KINDS[kind]
+            with naming(name_or_path, below, name, files):
+                read[name] = reader.from_pretrained(name_or_path, subfolder=str(Path(below, name)), **kwargs)
+        return [read]

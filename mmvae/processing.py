@@ -21,6 +21,8 @@ from transformers.image_processing_backends import PilBackend, TorchvisionBacken
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from mmvae.folder import naming
+
 __all__ = [
     "SPECIAL_TOKENS",
     "ImageVAEImageProcessor",
@@ -64,6 +66,12 @@ class _Pixels:
     num_channels = 3
     background = (255, 255, 255)
     resize_mode = "crop"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """An image processor from a folder or from the Hub; an error in its file names the file."""
+        with naming(pretrained_model_name_or_path, kwargs.get("subfolder"), "preprocessor_config.json"):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open what is named by a path or an address; leave images as they are."""
@@ -303,9 +311,10 @@ def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase
         options: handed to ``AutoTokenizer.from_pretrained``.
 
     Raises:
-        ValueError: a tokenizer that cannot be made to emit BOS ... EOS.
+        ValueError: a tokenizer that cannot be made to emit BOS ... EOS, or whose files cannot be read.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
+    with naming(name_or_path, options.get("subfolder"), "tokenizer.json or tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
     stand_ins = {"bos_token": tokenizer.cls_token, "eos_token": tokenizer.sep_token, "pad_token": None}
     missing = {name: token or SPECIAL_TOKENS[name] for name, token in stand_ins.items() if getattr(tokenizer, name) is None}
     if missing:

@@ -11,6 +11,7 @@ import torch
 from transformers import BatchFeature
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
+from mmvae.folder import naming
 from mmvae.models.inherited import nearest
 
 __all__ = ["TopicVAEVectorizer"]
@@ -50,6 +51,12 @@ class TopicVAEVectorizer(FeatureExtractionMixin):
         if len(set(self.vocabulary)) < max(2, len(self.vocabulary)):
             received = f"{len(self.vocabulary)} words, {len(set(self.vocabulary))} of them different"
             raise ValueError(f"vocabulary: received {received}, expected at least 2, and each once")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """A vectorizer from a folder or from the Hub; an error in its file names the file."""
+        with naming(pretrained_model_name_or_path, kwargs.get("subfolder"), "preprocessor_config.json"):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def fit(cls, texts: Iterable[str], **options: Any) -> "TopicVAEVectorizer":

@@ -15,7 +15,9 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from mmvae import ImageVAEConfig, ImageVAEImageProcessor, MMVAEConfig, MMVAEProcessor, TextVAEConfig
 from mmvae.data import ImageColumn, Loader, Rows, TextColumn, as_modalities
-from mmvae.processing import train_tokenizer
+from mmvae.folder import FolderError
+from mmvae.processing import load_tokenizer, train_tokenizer
+from mmvae.vectorizer import TopicVAEVectorizer
 
 ENGLISH = train_tokenizer(["a big red heart", "a small blue square"])
 GERMAN = train_tokenizer(["ein großes rotes Herz", "ein kleines Quadrat"])
@@ -153,6 +155,33 @@ def test_a_folder_that_lies(tmp_path):
         file.write_text(json.dumps({"processor_class": "MMVAEProcessor", "parts": parts}))
         with pytest.raises(ValueError, match=r"processor_config.json has the parts"):
             AutoProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["cut", "a list", "too deep", "no UTF-8", "another kind of value", "empty"])
+@pytest.mark.parametrize(
+    ("read", "file"),
+    [
+        (MMVAEProcessor.from_pretrained, "processor_config.json"),
+        (MMVAEProcessor.from_pretrained, "text/tokenizer.json"),
+        (MMVAEProcessor.from_pretrained, "image/preprocessor_config.json"),
+        (lambda folder: load_tokenizer(folder / "text"), "text/tokenizer_config.json"),
+        (lambda folder: ImageVAEImageProcessor.from_pretrained(folder / "image"), "image/preprocessor_config.json"),
+        (lambda folder: TopicVAEVectorizer.from_pretrained(folder / "topics"), "topics/preprocessor_config.json"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, read, file, how):
+    pair().save_pretrained(tmp_path)
+    TopicVAEVectorizer(["heart", "red"]).save_pretrained(tmp_path / "topics")
+    whole = (tmp_path / file).read_bytes()
+    read(tmp_path)
+    wrong = {"size": "x", "parts": 5, "bos_token": 5, "added_tokens": 5, "vocabulary": 5}
+    broken = {"cut": whole[: len(whole) // 2], "a list": b"[]", "too deep": b"[" * 200_000, "no UTF-8": b'{"a": "\xff"}', "empty": b""}
+    broken["another kind of value"] = json.dumps(json.loads(whole) | wrong).encode()
+    (tmp_path / file).write_bytes(broken[how])
+    with pytest.raises((FolderError, OSError)) as caught:
+        read(tmp_path)
+    place, name = file.split("/") if "/" in file else ("", file)
+    assert name in str(caught.value) and place in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
