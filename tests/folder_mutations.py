@@ -34,8 +34,12 @@ from mmvae import (
     ImageVAEConfig,
     ImageVAEForImageClassification,
     MMVAEConfig,
+    StackedVAE,
+    StackedVAEConfig,
     TextVAE,
     TextVAEConfig,
+    TopicVAE,
+    TopicVAEConfig,
 )
 from mmvae.folder import seal
 from mmvae.models.configuration import _FOREIGN
@@ -43,6 +47,7 @@ from mmvae.models.configuration import _FOREIGN
 HOSTILE = [0, -1, 10**6, 10**12, 2**63, math.nan, math.inf, None, "4", 4.5, [], {}, True, "x" * 10_000, "../x", [None], {"a": [1]}]
 IMAGE = {"image_size": 8, "num_channels": 1, "hidden_channels": [4], "latent_dim": 2}
 TEXT = {"vocab_size": 20, "hidden_size": 8, "embedding_size": 8, "latent_dim": 2, "tie_word_embeddings": True}
+TOPICS = {"vocabulary": ["goal", "game", "vote"], "hidden_size": 4, "latent_dim": 2}
 LIMIT_S = 5.0
 
 touched = Path(tempfile.gettempdir()) / f"touched-{os.getpid()}"  # by code that must not run
@@ -65,6 +70,8 @@ def make_folders(root: Path) -> dict[Path, type]:
         "text": TextVAE(TextVAEConfig(**TEXT)),
         "joint": MMVAE(MMVAEConfig(modalities=both, densities=mixture)),
         "shards": MMVAE(MMVAEConfig(modalities=both)),
+        "topics": TopicVAE(TopicVAEConfig(**TOPICS)),
+        "stacked": StackedVAE.over(ImageVAE(ImageVAEConfig(**IMAGE)), num_classes=3, latent_dim=2, hidden_size=4),
         "head": ImageVAEForImageClassification(ImageVAEConfig(**IMAGE, num_labels=3)),
     }
     for name, model in models.items():
@@ -197,11 +204,16 @@ def change_the_index(folder, chance):
     return path.name
 
 
+def inner(config, chance):
+    """The fields of a configuration, or of one inside it."""
+    inside = [*config.get("modalities", {}).values(), *([config["below"]] if "below" in config else [])]
+    return chance.choice(inside) if inside and chance.random() < 0.5 else config
+
+
 def change_a_field(folder, chance):
     path = folder / "config.json"
-    config = values = json.loads(path.read_text())
-    if "modalities" in config and chance.random() < 0.5:
-        values = config["modalities"][chance.choice(sorted(config["modalities"]))]
+    config = json.loads(path.read_text())
+    values = inner(config, chance)
     more = ["num_labels", "id2label", "torch_dtype", "use_cache", "output_attentions", "return_dict", "problem_type", "is_encoder_decoder"]
     name = chance.choice(sorted({*values, *more}))
     values[name] = chance.choice(HOSTILE)
@@ -227,7 +239,9 @@ def add_a_field(folder, chance):
             ("trust_remote_code", True),
         ]
     )
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    config = json.loads(path.read_text())
+    inner(config, chance)[name] = value
+    path.write_text(json.dumps(config))
     return name
 
 
@@ -338,6 +352,8 @@ CONFIGS = {
     "image": ImageVAEConfig(**IMAGE),
     "text": TextVAEConfig(**TEXT),
     "joint": MMVAEConfig(modalities={"image": ImageVAEConfig(**IMAGE), "text": TextVAEConfig(**TEXT)}),
+    "topics": TopicVAEConfig(**TOPICS),
+    "stacked": StackedVAEConfig(below=ImageVAEConfig(**IMAGE), num_classes=3, latent_dim=2),
 }
 
 

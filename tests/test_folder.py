@@ -128,6 +128,15 @@ def test_every_field_of_a_file_refuses_hostile_values_by_name(name):
     assert counts["refused by name"] > 100
 
 
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation_internal", "auto_map", "quantization_config"])
+@pytest.mark.parametrize("kind", ["joint", "stacked"])
+def test_a_configuration_inside_another_may_say_no_more_than_alone(kind, name):
+    values = CONFIGS[kind].to_dict()
+    (values["below"] if kind == "stacked" else values["modalities"]["image"])[name] = "evil/kernels"
+    with pytest.raises(ValueError, match=rf"(below|modalities\['image'\]): .*{name}: received 'evil/kernels', expected none in a file"):
+        type(CONFIGS[kind]).from_dict(values)
+
+
 # ---- saving
 
 

@@ -85,7 +85,7 @@ def test_what_cannot_be_stacked_is_refused():
     for below in (ImageVAEConfig(image_size=8, spatial_latent=True), ImageVAEConfig(image_size=8, num_classes=2)):
         with pytest.raises(ValueError, match="expected a VAE of one modality without classes whose latent is a vector"):
             StackedVAE(StackedVAEConfig(below=below, num_classes=2))
-    with pytest.raises(ValueError, match="StackedVAEConfig.below: received 'mmvae'"):
+    with pytest.raises(ValueError, match="StackedVAEConfig.below: received model_type 'mmvae'"):
         StackedVAE(StackedVAEConfig(below=MMVAEConfig(modalities={"image": ImageVAEConfig(image_size=8)}), num_classes=2))
 
 

@@ -21,6 +21,7 @@ from mmvae.objectives import OBJECTIVES
 from mmvae.priors import PRIORS
 
 _MOST_MODALITIES = 64
+_OF_OTHERS = ("mmvae", "stacked_vae")  # models whose configurations hold those of others
 
 # Names that transformers itself hands to a config beside its fields.
 _FOREIGN = {
@@ -270,22 +271,27 @@ class MMVAEConfig(VAEConfig):
 
 
 def _child(name: str, child: Any) -> PreTrainedConfig:
-    """A child's configuration, from one, or from its fields with their ``model_type``."""
+    """A child's configuration by its name."""
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise ValueError(
             f"MMVAEConfig.modalities: received the name {name!r}, expected letters, digits and underscores, and no name of torch's"
         )
+    return inner(f"MMVAEConfig.modalities[{name!r}]", child)
+
+
+def inner(where: str, child: Any) -> PreTrainedConfig:
+    """A configuration inside of another, which ``where`` names, from one or from its fields with their ``model_type``; else ValueError."""
     kind = child.get("model_type") if isinstance(child, Mapping) else getattr(child, "model_type", None)
     if kind is None:
-        raise ValueError(f"MMVAEConfig.modalities[{name!r}]: received {child!r}, expected a configuration, or its fields with a model_type")
+        raise ValueError(f"{where}: received {child!r:.80}, expected a configuration, or its fields with a model_type")
     try:
-        if isinstance(child, Mapping) and kind != MMVAEConfig.model_type:
+        if isinstance(child, Mapping) and kind not in _OF_OTHERS:
             refuse_from_files("its configuration", child)
             child = AutoConfig.for_model(**child)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"MMVAEConfig.modalities[{name!r}]: {error}") from error
-    if not isinstance(child, VAEConfig) or isinstance(child, MMVAEConfig):  # any other model may be of any size
-        raise ValueError(f"MMVAEConfig.modalities[{name!r}]: received model_type {kind!r}, expected that of a VAE of one modality")
+        raise ValueError(f"{where}: {error}") from error
+    if not isinstance(child, VAEConfig) or child.model_type in _OF_OTHERS:  # any other model may be of any size
+        raise ValueError(f"{where}: received model_type {kind!r}, expected that of a VAE of one modality")
     return child
 
 

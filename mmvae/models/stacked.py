@@ -19,13 +19,13 @@ from typing import Any, ClassVar, Self
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 from mmvae.aggregation import Posterior
 from mmvae.distributions import DiagNormal
 from mmvae.models.base import VAEOutput
 from mmvae.models.classes import ClassVAE, ClassVAEConfig
-from mmvae.models.configuration import VAEConfig
+from mmvae.models.configuration import VAEConfig, inner
 from mmvae.models.unimodal import VAEModel
 from mmvae.noise import fold
 
@@ -51,8 +51,8 @@ class StackedVAEConfig(ClassVAEConfig):
     ranges: ClassVar[dict[str, tuple[float, float]]] = ClassVAEConfig.ranges | {"hidden_size": (1, 65_536), "dropout": (0, 0.99)}
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.below, dict) and self.below:
-            self.below = AutoConfig.for_model(**self.below)
+        if self.below != {}:  # as it is without arguments
+            self.below = inner("StackedVAEConfig.below", self.below)
         super().__post_init__(**kwargs)
 
     @property
