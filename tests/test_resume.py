@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_toy import digest, make, run
+from test_checkpoint import damage
 
 from mmvae import checkpoint
 from mmvae.checkpoint import CheckpointError
@@ -99,6 +100,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over(reference, tmp_path, name, c
     output = capsys.readouterr().out
     assert "passed over step-00000004" in output and name in output and "step-00000003" in output
     assert digest(tmp_path) == digest(reference)
+
+
+def test_every_damage_of_every_file_is_named_and_passed_over(reference, tmp_path):
+    found = []
+    for file in sorted((reference / "step-00000004").iterdir()):
+        for how in ("delete", "half", "empty", "flip"):
+            root = tmp_path / f"{file.name} {how}"
+            for step in (3, 4):
+                shutil.copytree(reference / f"step-{step:08d}", root / f"step-{step:08d}")
+            damage(root / "step-00000004" / file.name, how)
+            newest, passed_over = checkpoint.newest(root)
+            found.append(newest == root / "step-00000003" and file.name in passed_over[0][1])
+    assert found == 20 * [True], "five files, four kinds of damage"
 
 
 def test_an_explicit_checkpoint_and_never(reference, tmp_path):
