@@ -2,7 +2,9 @@
 
 import io
 import math
+import random
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmvae.data import Augmentation, ImageColumn, LabelColumn, TextColumn
 from mmvae.noise import fold
+from mmvae.processing import train_tokenizer
 
 GREEN = (0, 255, 0)
 
@@ -209,6 +212,31 @@ def test_long_text_is_an_error_unless_truncation_is_asked_for():
 def test_bad_text_is_refused(value, message):
     with pytest.raises(ValueError, match=f"got .*{message}.*expected"):
         TextColumn("text", tokenizer(), 9).prepare(["a", value])
+
+
+PIECES = ["a", "b ", " ", "\t", "\0", "\ufeff", "\r\n", "\u200d", "\u2028", "\x85", "👩\u200d👧", "\u05e9\u05dc", "e\u0301", "\u00e9"]
+PIECES += ["\ud800", "<eos>", "<unk>", "𝄞", "x" * 3000]
+
+
+@pytest.mark.parametrize("kind", ["whitespace", "bpe"])
+def test_text_of_every_kind_has_tokens_or_is_refused_by_name(kind):
+    chance, counts = random.Random(0), Counter()
+    words = train_tokenizer(["a b c d e"], kind, vocab_size=270)
+    column = TextColumn("text", words, max_length=30_000)
+    for _ in range(1000):
+        drawn = [chance.choice(PIECES) if chance.random() < 0.8 else chr(chance.randrange(0x110000)) for _ in range(chance.randrange(9))]
+        text = "".join(drawn)
+        wrong = any(0xD800 <= ord(character) < 0xE000 for character in text) or "<eos>" in text
+        if wrong:
+            with pytest.raises(ValueError, match="surrogate at character|BOS or EOS"):
+                column.prepare([text])
+        else:
+            (ids,) = column.prepare([text])
+            assert (ids[0], ids[-1]) == (words.bos_token_id, words.eos_token_id) and len(ids) >= 2, text
+            assert not {words.bos_token_id, words.eos_token_id, words.pad_token_id} & {*ids[1:-1].tolist()}
+        counts["refused" if wrong else "accepted"] += 1
+    assert counts["accepted"] > 500 and counts["refused"] > 100
+    assert np.array_equal(*column.prepare(["e\u0301", "\u00e9"])), "two ways to write one letter"
 
 
 def test_text_column_needs_special_tokens():

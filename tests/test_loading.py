@@ -10,7 +10,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from mmvae.data import find_classes, find_column, load_rows, splits
+from mmvae.data import BadRow, find_classes, find_column, load_rows, splits
 from mmvae.data.loading import content_fingerprint, features_of
 
 REAL = os.environ.get("MMVAE_TEST_DATA")
@@ -167,6 +167,18 @@ def test_an_empty_file_is_named(tmp_path, suffix, streaming, content):
     for name in (file, file.parent):
         with pytest.raises(ValueError, match=f"{file} is empty, expected rows"):
             load_rows(str(name), streaming=streaming)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # datasets leaves the metadata open
+@pytest.mark.parametrize("name", ["../../secret.png", "/etc/passwd"])
+def test_a_listed_picture_outside_the_folder_is_refused_by_name(tmp_path, name):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    for place in ("data/train/a.png", "secret.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / place)
+    (tmp_path / "data" / "train" / "metadata.csv").write_text(f"file_name,text\na.png,a\n{name},b\n")
+    with pytest.raises(BadRow, match=f"{tmp_path}/data: .*'{name}': `file_name` must be a relative path"):
+        load_rows(str(tmp_path / "data"))
+    gc.collect()  # the warning about an open file comes here, not in a later test
 
 
 @pytest.mark.parametrize("name", ["d/nope", "nope", "a/b/nope"])

@@ -76,7 +76,7 @@ def load_rows(dataset: str, split: str = "train", *, streaming: bool = False, on
 
     Raises:
         FileNotFoundError: ``dataset`` is a path and does not exist, or an id that the Hub does not give.
-        BadRow: a broken line of a ``.jsonl`` file, by file, line and column; of a stream only when it is read.
+        BadRow: a broken line of a ``.jsonl`` file, by file, line and column, or whatever else cannot be read; of a stream only later.
         ValueError: the split does not exist, or a file is empty.
     """
     return _pick(_load(dataset, streaming, options, on_bad_row), split, dataset)
@@ -157,7 +157,7 @@ def _load_local(path: Path, dataset: str, streaming: bool, options: dict[str, An
     except datasets.exceptions.DatasetGenerationError as error:
         for broken in broken_lines(lines):
             raise BadRow(broken) from error
-        raise
+        raise BadRow(f"{dataset}: {error.__cause__ or error}") from error
 
 
 def _refuse_empty(files: Iterable[Path]) -> None:
