@@ -261,7 +261,7 @@ class TextVAE(TextGeneration, ClassVAE):
             ValueError: for latents of another width, classes that are not the model's, or a source of another shape.
         """
         self.check_latents(z)
-        self.check_source(source, z.shape[-2])
+        self.check_source(source, z.shape[-2] if z.dim() > 1 else 1)
         z = self.with_class(z, class_labels)
         return Autoregressive(lambda target: self._token_log_prob(z, target, source), z.shape[:-1])
 
