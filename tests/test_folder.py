@@ -75,6 +75,40 @@ def test_a_changed_bit_is_seen(folder):
     assert ImageVAE.from_pretrained(folder)
 
 
+def headers(data: bytes) -> dict[str, bytes]:
+    """Files whose header is not what it should be, made of a good one."""
+    size = int.from_bytes(data[:8], "little")
+    header, rest = json.loads(data[8 : 8 + size]), data[8 + size :]
+    first, second = [name for name in header if name != "__metadata__"][:2]
+
+    def written(changed: dict) -> bytes:
+        text = json.dumps(changed).encode()
+        return len(text).to_bytes(8, "little") + text + rest
+
+    end = header[first]["data_offsets"][1]
+    return {
+        "seven bytes": data[:7],
+        "cut in the header": data[: 8 + size // 2],
+        "a terabyte of header": (2**40).to_bytes(8, "little") + data[8:],
+        "more header than a number holds": b"\xff" * 8 + data[8:],
+        "no JSON": data[:8] + bytes(size) + rest,
+        "overlapping tensors": written(header | {second: header[second] | {"data_offsets": header[first]["data_offsets"]}}),
+        "a tensor beyond the end": written(header | {first: header[first] | {"data_offsets": [end, end + 2**40], "shape": [2**38]}}),
+        "bytes after the last tensor": data + bytes(8),
+    }
+
+
+def test_a_damaged_header_is_refused_without_memory(folder):
+    (folder / "manifest.json").unlink()
+    cases = headers((folder / "model.safetensors").read_bytes())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for damaged in cases.values():
+        (folder / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(FolderError, match="model.safetensors: damaged, or no safetensors"):
+            ImageVAE.from_pretrained(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
+
+
 def test_no_pickle_is_asked_for(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(FolderError, match=r"model.safetensors: not found.*pytorch_model.bin is not read, because pickles can run code"):
