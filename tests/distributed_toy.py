@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from mmvae import checkpoint
+from mmvae.data import BadRow
 from mmvae.noise import fold, keyed_normal
 from mmvae.training import EMA, evaluate, fit, load_weights, update
 
@@ -155,7 +156,14 @@ def train(options):
     os._exit(0)  # the teardown of gloo sometimes aborts after all work is done
 
 
-def _outcome(world, folder, stop_at=None, **options):
+def _outcome(world, folder, stop_at=None, raise_at=None, **options):
+    if raise_at is not None and world.process_index == world.num_processes - 1:  # what a row that only one rank reads does
+
+        def refuse(n):
+            if n == raise_at:
+                raise BadRow("rows: row 7, field 'image': cut short")
+
+        options["hook"] = refuse
     if stop_at is not None and world.process_index == world.num_processes - 1:  # only one rank gets the signal
         options["hook"] = lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == stop_at else None
     outcome = {"world": world.num_processes}

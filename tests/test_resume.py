@@ -197,6 +197,12 @@ def test_a_second_signal_ends_the_process_at_once(killed):
     assert checkpoint.newest(folder / "twice") == (None, [])
 
 
+def launch(options, timeout):
+    """Toy runs on two gloo ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(TOY), "train"]
+    return subprocess.run([*command, json.dumps(options)], env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Several runs on two gloo ranks, in one launch."""
@@ -217,19 +223,11 @@ def ranks(tmp_path_factory):
             "evaluate": None,
         },
         {"folder": str(root / "dropout"), "num_epochs": 3, "seed": 5},
+        {"folder": str(root / "raised"), "num_epochs": 3},
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--standalone",
-        str(TOY),
-        "train",
-    ]
-    command.append(json.dumps({"report": str(root), "runs": runs}))
-    process = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    raised = launch({"report": str(root), "runs": [runs[-1] | {"raise_at": 4}]}, timeout=60)
+    (root / "raised.txt").write_text(f"{raised.returncode} {raised.stderr}")
+    process = launch({"report": str(root), "runs": runs}, timeout=200)
     reports = [root / f"rank{rank}.json" for rank in (0, 1)]
     assert all(report.exists() for report in reports), process.stderr[-3000:]
     return root, [json.loads(report.read_text()) for report in reports]
@@ -245,6 +243,13 @@ def test_two_ranks_are_one_rank(ranks, tmp_path):
             assert mine == pytest.approx(theirs, rel=1e-5)
         for mine, theirs in zip(state["model"].parameters(), two["weights"], strict=True):
             torch.testing.assert_close(mine.detach(), torch.tensor(theirs), rtol=0, atol=1e-5)
+
+
+def test_a_row_that_one_rank_refuses_ends_the_job_with_its_name_and_the_next_goes_on(ranks):
+    root, reports = ranks
+    status, said = (root / "raised.txt").read_text().split(" ", 1)
+    assert status == "1" and "[rank1]" in said and "BadRow: rows: row 7, field 'image': cut short" in said
+    assert [report[-1]["digest"] for report in reports] == [report[2]["digest"] for report in reports]
 
 
 def test_ranks_never_drift_apart(ranks):
