@@ -107,7 +107,7 @@ def spread_labels(features: Tensor, labels: Tensor, neighbours: int = 15, least:
         raise ValueError("labels: received none, expected at least 1")
     graph = kneighbors_graph(features.numpy(), neighbours, mode="distance")
     graph.data = np.exp(-np.square(graph.data / max(graph.data.mean(), 1e-12)))
-    graph = graph.maximum(graph.T)  # scikit-learn's own kernel leaves it one-sided, which costs 3 points of MNIST
+    graph = graph.maximum(graph.T)  # scikit-learn's own kernel leaves it one-sided, and labels do not get far
     spread = LabelSpreading(kernel=lambda *_: graph, alpha=0.99, max_iter=5000).fit(features.numpy(), labels.clamp_min(-1).numpy())
     share, likeliest = torch.from_numpy(spread.label_distributions_).max(1)
     found = torch.from_numpy(spread.classes_)[likeliest].where(share >= least, -100)
