@@ -68,6 +68,8 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         if self.judge and self.dataset.split(":")[0] != "sprites":
             raise ValueError(f"judge: received {self.judge!r} with dataset {self.dataset!r}, expected sprites:LEVEL")
+        if self.reference_lm and not self.num_generated:
+            raise ValueError(f"num_generated: received 0 with reference_lm {self.reference_lm!r}, expected at least 1 sample to score")
         if self.samples_file and (len(self.model) > 1 or not self.samples_file.endswith(".jsonl")):
             raise ValueError(f"samples_file: received {self.samples_file!r} of {len(self.model)} models, expected NAME.jsonl of one model")
 

@@ -394,8 +394,9 @@ def test_labels_spread_along_the_data_and_not_across_a_gap():
     assert part.num_told == 3 and sorted(batch["labels"][:3].tolist()) == [0, 1, 2] and (batch["labels"][3:] == 2).all()
     with pytest.raises(ValueError, match="neighbours: received 60 for 60 rows, expected 1 to 59"):
         spread_labels(circle, told[:60], 60)
-    with pytest.raises(ValueError, match="labels: received none, expected at least 1"):
-        spread_labels(circle, torch.full((60,), -100))
+    for labels, least, received in ((torch.full((60,), -100), 0.5, "0.5 and 0 labels"), (told[:60], 50, "50 and 1 labels")):
+        with pytest.raises(ValueError, match=f"least, labels: received {received}, expected a share"):
+            spread_labels(circle, labels, least=least)
 
 
 def test_rows_that_cannot_tell_their_class_are_named():

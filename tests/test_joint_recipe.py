@@ -98,6 +98,7 @@ def test_evaluate_gives_the_figures_of_the_run_and_those_of_a_joint_model(finish
         (["--modalities", "en:text,de:sound"], "modalities: received 'de:sound'"),
         (["--modalities", "en:text,de:text:french"], "no column 'french', expected one of: de"),
         (["--label", "group"], "no column 'group', expected one of: de"),
+        (["--reference_lm", "x", "--num_generated", "0"], "num_generated: received 0 with reference_lm 'x', expected at least 1"),
         (["--reference_lm", "nowhere"], "reference_lm: received 'nowhere' for a MMVAE, expected a text VAE"),
         (["--judge", "nowhere"], "judge: received 'nowhere' with dataset .*, expected sprites:LEVEL"),
     ],

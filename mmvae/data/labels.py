@@ -89,7 +89,7 @@ def spread_labels(features: Tensor, labels: Tensor, neighbours: int = 15, least:
         (N,) int64: those that were given, of the other rows the likeliest where it has that share, else -100.
 
     Raises:
-        ValueError: no labels, or not so many neighbours.
+        ValueError: no labels, a share that is none, or not so many neighbours.
 
     References:
         Zhou et al. (2004), Learning with local and global consistency, https://papers.nips.cc/paper/2506
@@ -103,8 +103,9 @@ def spread_labels(features: Tensor, labels: Tensor, neighbours: int = 15, least:
 
     if not 1 <= neighbours < len(features):
         raise ValueError(f"neighbours: received {neighbours} for {len(features)} rows, expected 1 to {len(features) - 1}")
-    if not (labels >= 0).any():
-        raise ValueError("labels: received none, expected at least 1")
+    if not 0 <= least <= 1 or not (labels >= 0).any():
+        received = f"{least} and {(labels >= 0).sum()} labels"
+        raise ValueError(f"least, labels: received {received}, expected a share in [0, 1], and at least 1 label")
     graph = kneighbors_graph(features.numpy(), neighbours, mode="distance")
     graph.data = np.exp(-np.square(graph.data / max(graph.data.mean(), 1e-12)))
     graph = graph.maximum(graph.T)  # scikit-learn's own kernel leaves it one-sided, and labels do not get far
