@@ -188,13 +188,13 @@ def retention(root: Path, sequences: int = 500) -> dict:
     return counts | {"sequences": sequences, "fault": bool(counts["wrong"] or counts["rubbish"])}
 
 
-def soak(root: Path) -> dict:
-    """A life of 1,000 steps, whose memory is the measure, and ten that go on for 9,900 each; a save after every hundred steps."""
-    options = {"num_epochs": None, "save_every": 100, "log_every": 1000, "eval_every": 5000, "accumulation": 1}
+def soak(root: Path, first: int = 1000, more: int = 9_900, save_every: int = 100) -> dict:
+    """A life of some steps, whose memory is the measure, and ten that go on for more each."""
+    options = {"num_epochs": None, "save_every": save_every, "log_every": 1000, "eval_every": 5000, "accumulation": 1}
     memory, files, folders, started = [], [], [], time.monotonic()
     for life in range(11):
         with contextlib.redirect_stdout(io.StringIO()):
-            result, _ = run(root, max_steps=1000 + 9_900 * life, **options)
+            result, _ = run(root, max_steps=first + more * life, **options)
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
         files.append(len(os.listdir("/proc/self/fd")))
         folders.append(len(list(root.glob("step-*"))))

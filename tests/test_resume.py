@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_toy import digest, make, run
+from endurance import soak
 from test_checkpoint import damage
 
 from mmvae import checkpoint
@@ -195,6 +196,12 @@ def test_a_second_signal_ends_the_process_at_once(killed):
     folder, outcome = killed
     assert outcome["second_signal"] == 143
     assert checkpoint.newest(folder / "twice") == (None, [])
+
+
+def test_ten_resumes_with_a_hundred_saves_leave_no_files_open_and_no_memory(tmp_path):
+    outcome = soak(tmp_path, first=10, more=20, save_every=2)  # 100,000 steps by a command
+    assert (outcome["steps"], len(set(outcome["files"])), outcome["folders"]) == (210, 1, 2)
+    assert outcome["drift"] < 0.05
 
 
 def launch(options, timeout):
