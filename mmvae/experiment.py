@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 # Options that may differ when a run goes on: they change where and how it runs, not what it computes.
 _FREE = {
-    "accumulation", "compile", "eval_every", "hub_model_id", "hub_private", "hub_token", "importance_samples", "keep", "log_every",
-    "most_bad_rows", "num_workers", "output_dir", "push_to_hub", "resume", "save_every", "streaming", "tracker",
+    "accumulation", "allow_changes", "compile", "eval_every", "hub_model_id", "hub_private", "hub_token", "importance_samples", "keep",
+    "log_every", "most_bad_rows", "num_workers", "output_dir", "push_to_hub", "resume", "save_every", "streaming", "tracker",
 }  # fmt: skip
 _PLACES = ("dataset", "output_dir", "vae")  # may be paths of this machine; the data set's name is told by itself
 
@@ -230,7 +230,7 @@ def train(
         accelerator, step, loaders["train"], state=state, folder=Path(args.output_dir) / "checkpoints", max_steps=steps,
         evaluate=validate, eval_every=args.eval_every, monitor=None if args.monitor == "last" else args.monitor,
         patience=args.patience, log_every=args.log_every, save_every=args.save_every, keep=args.keep, resume=args.resume, seed=args.seed,
-        info={"config": json.loads(model.config.to_json_string()), "options": options},
+        allow_changes=args.allow_changes, info={"config": json.loads(model.config.to_json_string()), "options": options},
     )  # fmt: skip
     load_weights(prepared, result.checkpoint)
     unwrap(prepared).eval()

@@ -270,7 +270,8 @@ class Run:
             saved, manifest = checkpoint.load(source)
             changes = [c for c in checkpoint.compare(manifest["info"], self.info) if c.split(":")[0] not in allowed]
             if changes:
-                raise CheckpointError(f"{source}: the run has changed since this checkpoint was written:\n  " + "\n  ".join(changes))
+                told = f"{source}: the run has changed since this checkpoint was written (allow_changes lets what it names through):\n  "
+                raise CheckpointError(told + "\n  ".join(changes))
             clock, progress = saved.pop("clock"), Progress(**saved.pop("progress"))
             load_state(source, self.accelerator, self.state, saved)
             self.progress, self.seconds, self.last = progress, clock["seconds"], source

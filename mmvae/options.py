@@ -62,6 +62,7 @@ class RunArguments:
     save_every: int = 500
     keep: int = field(default=2, metadata={"help": "checkpoints kept besides the best"})
     resume: str = field(default="auto", metadata={"help": "auto, never, or the path of a checkpoint"})
+    allow_changes: list[str] = field(default_factory=list, metadata={"help": "what a resumed run may have otherwise: names of its refusal"})
     tracker: str | None = field(default=None, metadata={"help": "tensorboard, trackio or wandb"})
     push_to_hub: bool = False
     hub_model_id: str | None = None

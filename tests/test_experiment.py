@@ -183,6 +183,19 @@ def test_how_a_run_goes_may_change_and_what_it_computes_may_not(tmp_path):
     assert train(*make(tmp_path, num_epochs=1, accumulation=2, save_every=7, tracker=None)).step == 3
 
 
+def test_a_change_that_is_allowed_by_name_is_resumed(tmp_path):
+    train(*make(tmp_path, num_epochs=1))
+    with pytest.raises(CheckpointError, match=r"allow_changes(.|\n)*config.dropout: 0.0 -> 0.1"):
+        train(*changed(tmp_path))
+    assert train(*changed(tmp_path, allow_changes=["config.dropout"])).step == 3
+
+
+def changed(folder, **options):
+    accelerator, args, model, loaders = make(folder, num_epochs=1, **options)
+    model.config.dropout = 0.1
+    return accelerator, args, model, loaders
+
+
 def test_the_weight_is_a_function_of_the_step_alone(tmp_path):
     beta = {}
     for accumulation in (1, 3):
