@@ -81,18 +81,31 @@ class DiagNormal(Independent):
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device) if noise is None else noise
         return self.loc + (0.5 * self.logvar).exp() * noise
 
+    def kl_per_dimension(self, p: "DiagNormal") -> Tensor:
+        r"""KL divergence of each coordinate in nats, :math:`\tfrac12 (v_p - v_q + e^{v_q - v_p} + (\mu_q - \mu_p)^2 e^{-v_p} - 1)`.
+
+        Arguments:
+            p: of the same event; batches broadcast.
+
+        Returns:
+            (*, B, *event).
+        """
+        with torch.autocast(self.loc.device.type, enabled=False):
+            difference = self.logvar - p.logvar
+            return 0.5 * (torch.expm1(difference) - difference + (self.loc - p.loc).square() * (-p.logvar).exp())
+
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> "DiagNormal":
         """The same distribution with its batch broadcast to ``batch_shape``."""
         shape = torch.Size(batch_shape) + self.event_shape
-        return DiagNormal(self.loc.expand(shape), self.logvar.expand(shape), len(self.event_shape))
+        return type(self)(self.loc.expand(shape), self.logvar.expand(shape), len(self.event_shape))
 
     def detach(self) -> "DiagNormal":
         """The same distribution with parameters that take no gradient."""
-        return DiagNormal(self.loc.detach(), self.logvar.detach(), len(self.event_shape))
+        return type(self)(self.loc.detach(), self.logvar.detach(), len(self.event_shape))
 
     def unsqueeze(self, dim: int) -> "DiagNormal":
         """The same distribution with a batch dimension of size 1 inserted at ``dim`` (counted from the left)."""
-        return DiagNormal(self.loc.unsqueeze(dim), self.logvar.unsqueeze(dim), len(self.event_shape))
+        return type(self)(self.loc.unsqueeze(dim), self.logvar.unsqueeze(dim), len(self.event_shape))
 
 
 class GaussianMixture(Distribution):
@@ -204,20 +217,6 @@ class BagOfWords(Distribution):
         return (value * self.log_probs).sum(-1)
 
 
-def kl_per_dimension(q: DiagNormal, p: DiagNormal) -> Tensor:
-    r"""KL divergence of each coordinate in nats, :math:`\tfrac12 (v_p - v_q + e^{v_q - v_p} + (\mu_q - \mu_p)^2 e^{-v_p} - 1)`.
-
-    Arguments:
-        q, p: of the same event; batches broadcast.
-
-    Returns:
-        (*, B, *event).
-    """
-    with torch.autocast(q.loc.device.type, enabled=False):
-        difference = q.logvar - p.logvar
-        return 0.5 * (torch.expm1(difference) - difference + (q.loc - p.loc).square() * (-p.logvar).exp())
-
-
 def kl(q: Distribution, p: Distribution, z: Tensor | None = None) -> Tensor:
     r"""KL divergence :math:`\mathrm{KL}(q \| p)` in nats: in closed form where there is one, else :math:`\log q(z) - \log p(z)`.
 
@@ -232,7 +231,7 @@ def kl(q: Distribution, p: Distribution, z: Tensor | None = None) -> Tensor:
         ValueError: when there is no closed form and ``z`` is None.
     """
     if isinstance(q, DiagNormal) and isinstance(p, DiagNormal):
-        return kl_per_dimension(q, p).flatten(-len(q.event_shape)).sum(-1)
+        return q.kl_per_dimension(p).flatten(-len(q.event_shape)).sum(-1)
     if z is not None:
         return q.log_prob(z) - p.log_prob(z)
     try:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from mmvae.aggregation import Posterior
-from mmvae.distributions import DiagNormal, kl_per_dimension
+from mmvae.distributions import DiagNormal
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def kl_to_prior(terms: Terms, floor: float = 0.0, per: str = "dimension", diverg
     each = divergence == "components" or terms.log_pk is not None or terms.q.mixture.components.batch_shape[0] == 1
     q = terms.drawn_from() if each else terms.q.mixture
     if isinstance(q, DiagNormal) and isinstance(terms.prior, DiagNormal):
-        value = kl_per_dimension(q, terms.prior)
+        value = q.kl_per_dimension(terms.prior)
         value = (free_bits(value, floor) if floor and per == "dimension" else value).flatten(-len(q.event_shape)).sum(-1)
     elif floor and per == "dimension":
         raise ValueError("free_bits_per: received 'dimension' with a mixture, expected 'row' or 'batch' (the KL has no dimensions)")
