@@ -9,7 +9,8 @@ The angle comes last because words seldom tell of it: a joint model may share th
 
 The angle is inferred by matching: what the content looks like in the canonical pose is turned by many angles and laid over the picture.
 So there is nothing to learn about angles, and no local optimum in which a shape is drawn as the mean of its turns; the posterior's width is
-learned. The shift is where the picture differs from its border.
+learned. The shift is where the picture differs from its border. The content is read from the picture turned back by the axis of that:
+a frame that turns with the picture, so that the content cannot know the angle.
 
 Shapes: ``B`` pictures, ``C`` channels, ``H, W`` of the picture, ``h, w`` of the canonical window; places in half sides of the picture, x to
 the right and y down, (0, 0) its middle; angles in radians clockwise.
@@ -25,11 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmvae.noise import fold, keyed_uniform
-
 POSES = {"none": 0, "rotation": 2, "rotation+shift": 4}  # and their latent dimensions
 
-_TURN = 0x7475726E
 _RADIUS = 1.25  # of the angle's mean: with it and a small width, the two dimensions have the moments of a standard normal
 OUTSIDE = -8.0  # logit of what is opaque, beyond the canonical window
 _EDGE = 0.999  # farthest inferred shift, where its latent is still finite
@@ -58,25 +56,41 @@ def sample(pictures: Tensor, places: Tensor, padding: str = "border") -> Tensor:
     return F.grid_sample(pictures.float(), places, mode="bilinear", padding_mode=padding, align_corners=False)
 
 
-def centre_of(pixels: Tensor) -> Tensor:
-    """Where a picture differs from its border: the centre of gravity of the squared distance from the border's median colour, (B, 2).
+def weights(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a picture differs from its border: the squared distance from the border's median colour, with sum 1.
 
     Arguments:
         pixels: (B, C, H, W) float.
+
+    Returns:
+        weights (B, H, W), and the places of their columns (W,) and rows (H,).
     """
     rim = torch.cat([pixels[:, :, 0], pixels[:, :, -1], pixels[:, :, :, 0], pixels[:, :, :, -1]], -1)
     weight = (pixels - rim.median(-1).values[:, :, None, None]).square().sum(1)
     weight = (weight - 0.1 * weight.flatten(1).amax(1).view(-1, 1, 1)).clamp_min(0) + 1e-8  # a faint texture weighs nothing
-    weight = weight / weight.sum((1, 2), keepdim=True)
     across, down = ((2 * torch.arange(side, device=pixels.device) + 1) / side - 1 for side in (pixels.shape[3], pixels.shape[2]))
+    return weight / weight.sum((1, 2), keepdim=True), across, down
+
+
+def centre_of(pixels: Tensor) -> Tensor:
+    """The centre of gravity (B, 2) of :func:`weights`."""
+    weight, across, down = weights(pixels)
     return torch.stack([(weight.sum(1) * across).sum(1), (weight.sum(2) * down).sum(1)], 1)
 
 
-def arbitrary_angle(pixels: Tensor) -> Tensor:
-    """An angle (B,) that a picture (B, C, H, W) of pixels in [0, 1] always has, and that tells nothing of what it shows: a hash."""
-    levels = (255 * pixels.detach()).round().long().flatten(1)
-    keys = (levels * torch.arange(1, levels.shape[1] + 1, device=levels.device)).sum(1)  # of integers: exact in any order
-    return 2 * math.pi * keyed_uniform(fold(_TURN, keys), ()).float()
+def heading_of(pixels: Tensor, centre: Tensor) -> Tensor:
+    """A direction (B,) that turns with the picture: the longer axis of :func:`weights` about a centre (B, 2), towards its heavier end.
+
+    It is rough, and arbitrary where a shape has no longer axis. Pictures that are turned back by it differ little by their angle.
+    """
+    weight, across, down = weights(pixels)
+    right, below = across - centre[:, :1], down - centre[:, 1:]
+    right, below = right.unsqueeze(1), below.unsqueeze(2)
+    weight = weight * (right.square() + below.square() < 1)  # a circle: the corners would turn into and out of the picture
+    axis = torch.atan2((2 * weight * right * below).sum((1, 2)), (weight * (right.square() - below.square())).sum((1, 2))) / 2
+    along = right * axis.cos().view(-1, 1, 1) + below * axis.sin().view(-1, 1, 1)
+    lean = (weight * along.pow(3)).sum((1, 2))
+    return torch.where(lean < 0, axis + math.pi, axis)
 
 
 def jittered(pixels: Tensor, strength: float) -> Tensor:

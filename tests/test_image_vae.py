@@ -288,6 +288,14 @@ def test_the_angle_turns_what_is_drawn():
     torch.testing.assert_close(turned, torch.rot90(plain, -1, (2, 3)), atol=1e-5, rtol=0)
 
 
+def test_a_turn_of_the_picture_leaves_the_content_as_it_is():
+    model = posed().eval()
+    pixels = torch.nn.functional.avg_pool2d(torch.rand(8, 1, 36, 36, generator=torch.Generator().manual_seed(1)), 13, 1)  # no texture
+    pixels = ((pixels - pixels.amin()) / (pixels.amax() - pixels.amin())).square()
+    there, turned = (model.encode(each).mean for each in (pixels, torch.rot90(pixels, -1, (2, 3))))
+    torch.testing.assert_close(turned[:, :3], there[:, :3], atol=1e-3, rtol=1e-3)
+
+
 def test_angles_are_learned_without_labels():
     """A wedge, turned anyhow: after training its angle is known up to one offset, and a turn of the picture is a turn of the latent."""
     generator = torch.Generator().manual_seed(0)

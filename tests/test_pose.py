@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmvae.data import sprites
-from mmvae.pose import POSES, Pose, centre_of, grid, jittered, sample
+from mmvae.pose import POSES, Pose, centre_of, grid, heading_of, jittered, sample
 
 ANGLES = torch.linspace(-3, 3, 7)
 SHIFTS = torch.stack([torch.linspace(-0.6, 0.6, 7), torch.linspace(0.5, -0.3, 7)], 1)
@@ -75,6 +75,22 @@ def test_a_sprite_is_located_and_its_angle_matched():
         angle = pose.match(seen[same], seen[one].expand(len(same), -1, -1, -1))
         error = (angle - (truth[same] - truth[one]) + math.pi) % (2 * math.pi) - math.pi
         assert error.abs().max() < math.radians(6), one
+
+
+def test_a_heading_turns_with_the_picture_whatever_the_background_and_points_to_the_heavier_end():
+    down, across = torch.meshgrid(torch.linspace(-1, 1, 40), torch.linspace(-1, 1, 40), indexing="ij")
+    wedge = ((across > -0.5) & (across < 0.6) & (down.abs() < 0.3 * (0.7 - across))).float().expand(7, 3, 40, 40)
+    turned = sample(wedge, grid(ANGLES, torch.zeros(7, 2), (40, 40), 1.0), "zeros")
+    for behind in (0.0, 0.4, 1.0):
+        heading = heading_of(behind + turned * (0.7 - behind), torch.zeros(7, 2))
+        error = (heading - ANGLES + math.pi) % (2 * math.pi) - math.pi - math.pi  # its thick end is at the left
+        assert ((error + math.pi) % (2 * math.pi) - math.pi).abs().max() < math.radians(2), behind
+
+
+def test_a_heading_is_finite_where_nothing_has_one():
+    flat, dot = torch.full((1, 1, 8, 8), 0.5), torch.zeros(1, 1, 9, 9)
+    dot[..., 4, 4] = 1.0
+    assert heading_of(flat, torch.zeros(1, 2)).isfinite().all() and heading_of(dot, torch.zeros(1, 2)).isfinite().all()
 
 
 def test_jitter_turns_scales_and_shifts_a_little_and_each_picture_by_itself():
