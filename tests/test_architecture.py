@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"distributions", "schedules", "noise"},
     {"likelihoods", "priors", "aggregation", "terms", "objectives", "metrics"},
-    {"nn", "recurrent", "density", "densities", "pose", "angles", "folder"},
+    {"nn", "recurrent", "density", "densities", "direction", "pose", "angles", "folder"},
     {"models"},
     {"data", "processing", "joint_processing", "charts", "pictures", "templates", "negatives", "vectorizer"},
     {"tree", "checkpoint", "snapshot", "processes", "optimization", "loop", "training", "record", "hub", "phases", "options"}

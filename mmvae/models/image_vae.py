@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers.utils.generic import can_return_tuple
 
 from mmvae.aggregation import Posterior
+from mmvae.direction import ProjectedNormal
 from mmvae.distributions import DiagNormal
 from mmvae.likelihoods import LIKELIHOODS, SCALES, Likelihood
 from mmvae.models.base import VAEOutput
@@ -263,7 +264,8 @@ class ImageVAE(ClassVAE, TiledModel):
             drawn = self.likelihood(lay(*self._canonical(loc))).mean
             angle = self.pose.match(self.pose.cut(pixels, shift, torch.zeros_like(shift[:, 0])), drawn.float())
         logvar = torch.cat([logvar[:, : self.content_dim], logvar[:, self.content_dim :] + _NARROW], 1)
-        return DiagNormal(torch.cat([loc, self.pose.latent(angle, shift)], 1), logvar)
+        kind = ProjectedNormal if self.config.prior == "standard_normal" else DiagNormal
+        return kind(torch.cat([loc, self.pose.latent(angle, shift)], 1), logvar)
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """What the trunk makes of pixels (B, C, H, W), as a vector (B, F)."""
