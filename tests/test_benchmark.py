@@ -53,6 +53,28 @@ def test_benchmark(tmp_path, monkeypatch, capsys, benchmark):
         assert result["ratio"] == pytest.approx(result["mmvae"] / result["reference"])
 
 
+def test_what_many_gpus_would_do(monkeypatch, capsys):
+    scaling = recipe("benchmark_scaling")
+    args = scaling.ScalingArguments(gpus=[8, 64], inside=100.0, between=10.0)
+    assert scaling.sending(10**9, 1, args) == 0
+    assert scaling.sending(10**9, 8, args) == pytest.approx(2 * 7 / 8 * 4 / 100)  # a ring of one node
+    assert scaling.sending(10**9, 64, args) == pytest.approx(2 * 7 / 8 * 4 / 100 + 2 * 7 / 8 * 4 / 8 / 10)  # and of eight: an eighth each
+    make, batch, _ = scaling.WORK["pictures 28x28x1, default"]
+    model, rows = make()
+    flops, operators = scaling.counted(model, rows)
+    assert scaling.counted(model, rows, few=4)[0] == flops and operators > 100
+    command = "recipes/benchmark_scaling.py --work pictures@28 --share 1 --launch 0 --gpus 8 --inside 1"
+    monkeypatch.setattr(sys, "argv", [word.replace("@", " ") for word in command.split()])
+    scaling.main()
+    header, _, line, *_ = capsys.readouterr().out.splitlines()
+    told = dict(zip(header.split(" | ")[1:], line.split(" | ")[1:], strict=True))
+    assert float(told["arithmetic ms"]) == pytest.approx(1e3 * batch * flops / 989e12, rel=1e-2)
+    sums = 2 * 7 / 8 * 4 * model.num_parameters() / 1e9
+    alone = batch * flops / 989e12
+    assert float(told["efficiency"]) == pytest.approx(alone / (alone + sums - 2 / 3 * alone), rel=1e-2)
+    assert int(told["fewest rows |"].rstrip(" |")) == pytest.approx(batch * 1.5 * sums / alone, rel=1e-2)
+
+
 @pytest.fixture
 def benchmark(monkeypatch):
     """The recipe, with those that it is made of on the path as when it runs."""
