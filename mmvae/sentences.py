@@ -74,7 +74,7 @@ def evaluate_sentences(
 
 @torch.no_grad()
 def samples(accelerator: Accelerator, model: TextVAE, tokenizer: Any, num_samples: int, *, seed: int = 0) -> list[str]:
-    """Sentences from the prior, every word drawn, in an order that the number of ranks does not change.
+    """Sentences from the prior, every word drawn from all words, in an order that the number of ranks does not change.
 
     Arguments:
         accelerator, model, tokenizer, seed: as for :func:`evaluate_sentences`.
@@ -83,7 +83,7 @@ def samples(accelerator: Accelerator, model: TextVAE, tokenizer: Any, num_sample
     drawn = []
     for n in range(accelerator.process_index, -(-num_samples // CHUNK), accelerator.num_processes):
         with seeded(torch.Generator().manual_seed(fold(seed, _SAMPLES, n))):  # words are drawn by torch's global generator
-            texts = decode_text(tokenizer, model.sample(min(CHUNK, num_samples - n * CHUNK), do_sample=True))
+            texts = decode_text(tokenizer, model.sample(min(CHUNK, num_samples - n * CHUNK), do_sample=True, top_k=0))
         drawn += [(n, text) for text in texts]
     return [text for _, text in sorted(gather_object(drawn), key=lambda part: part[0])]
 

@@ -99,7 +99,7 @@ def drawn(model: ClassVAE, processor: Any, labels: Tensor, latents: Tensor | Non
         if isinstance(model, ImageVAE):
             things += [tv.to_pil_image((255 * picture).round().byte()) for picture in model.generate(**part).cpu()]
         else:
-            things += decode_text(processor, model.generate(**part, do_sample=True, max_new_tokens=60))
+            things += decode_text(processor, model.generate(**part, do_sample=True, top_k=0, max_new_tokens=60))
     return things
 
 

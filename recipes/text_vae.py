@@ -102,7 +102,9 @@ def main() -> None:
         samples = {}
         if text.latent_dim:
             samples["from the prior, beam 4"] = decode_text(tokenizer, model.sample(8, generator, num_beams=4, max_new_tokens=40))
-        samples["from the prior, sampled words"] = decode_text(tokenizer, model.sample(8, generator, do_sample=True, max_new_tokens=40))
+        samples["from the prior, sampled words"] = decode_text(
+            tokenizer, model.sample(8, generator, do_sample=True, top_k=0, max_new_tokens=40)
+        )
         tables = {"Samples": table(samples)} | (of_the_latent(model, generator) if text.latent_dim else {})
         figures.joinpath("sentences.md").write_text("\n".join(f"## {k}\n\n{v}" for k, v in tables.items()), encoding="utf-8")
         return tables

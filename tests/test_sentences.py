@@ -50,6 +50,17 @@ def test_the_first_samples_are_those_drawn_first(trained, monkeypatch):
     assert len(drawn) == 15 and len(set(drawn)) > 5
 
 
+def test_every_word_that_the_model_gives_weight_may_be_drawn():
+    """transformers draws from the 50 likeliest words unless told."""
+    words = [f"word{i}" for i in range(120)]
+    tokenizer = train_tokenizer(words)
+    model = language_model(tokenizer)
+    with torch.no_grad():
+        model.lm_head.bias += 1e-3 * torch.arange(len(tokenizer))  # no two alike
+    told = {word for text in samples(Accelerator(cpu=True), model, tokenizer, 120) for word in text.split()}
+    assert len(told & set(words)) > 100
+
+
 def language_model(tokenizer, **log_probs: float) -> TextVAE:
     """A language model that draws every token by itself: those named with a probability, the others alike."""
     model = TextVAE(TextVAEConfig(vocab_size=len(tokenizer), embedding_size=4, hidden_size=4, latent_dim=0)).eval()

@@ -74,7 +74,8 @@ class TextGeneration(ClassVAE, GenerationMixin):
                 ``input_ids`` the likeliest classes when None.
             generator: makes these latents repeatable; torch's global generator when None.
             source: (B, L, F) to attend to, see :meth:`mmvae.TextVAE.decode`.
-            options: of ``GenerationMixin.generate``: ``max_new_tokens`` (64), ``num_beams``, ``do_sample``, ``temperature``, ...
+            options: of ``GenerationMixin.generate``: ``max_new_tokens`` (64), ``num_beams``, ``temperature``, ``do_sample`` (of the 50
+                likeliest words, of all with ``top_k=0``), ...
 
         Returns:
             (B * num_return_sequences, T) int64, padded at the right with ``pad_token_id``.
