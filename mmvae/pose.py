@@ -72,18 +72,16 @@ def weights(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return weight / weight.sum((1, 2), keepdim=True), across, down
 
 
-def centre_of(pixels: Tensor) -> Tensor:
-    """The centre of gravity (B, 2) of :func:`weights`."""
-    weight, across, down = weights(pixels)
+def centre_of(weight: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    """The centre of gravity (B, 2) of what :func:`weights` gives."""
     return torch.stack([(weight.sum(1) * across).sum(1), (weight.sum(2) * down).sum(1)], 1)
 
 
-def heading_of(pixels: Tensor, centre: Tensor) -> Tensor:
+def heading_of(weight: Tensor, across: Tensor, down: Tensor, centre: Tensor) -> Tensor:
     """A direction (B,) that turns with the picture: the longer axis of :func:`weights` about a centre (B, 2), towards its heavier end.
 
     It is rough, and arbitrary where a shape has no longer axis. Pictures that are turned back by it differ little by their angle.
     """
-    weight, across, down = weights(pixels)
     right, below = across - centre[:, :1], down - centre[:, 1:]
     right, below = right.unsqueeze(1), below.unsqueeze(2)
     weight = weight * (right.square() + below.square() < 1)  # a circle: the corners would turn into and out of the picture
@@ -150,9 +148,11 @@ class Pose(nn.Module):
         direction = _RADIUS * torch.stack([angle.cos(), angle.sin()], 1)
         return torch.cat([math.sqrt(2) * torch.erfinv(shift.clamp(-_EDGE, _EDGE)), direction], 1) if self.shifts else direction
 
-    def locate(self, pixels: Tensor) -> Tensor:
-        """The shift (B, 2) of pictures (B, C, H, W); zero where the pose has none."""
-        return centre_of(pixels) if self.shifts else pixels.new_zeros(len(pixels), 2)
+    def locate(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The shift (B, 2) of pictures (B, C, H, W), zero where the pose has none, and their heading (B,)."""
+        mass = weights(pixels)
+        shift = centre_of(*mass) if self.shifts else pixels.new_zeros(len(pixels), 2)
+        return shift, heading_of(*mass, shift)
 
     def cut(self, pixels: Tensor, shift: Tensor, angle: Tensor) -> Tensor:
         """The canonical windows (B, C, h, w) of pictures (B, C, H, W) that have this pose."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmvae.data import sprites
-from mmvae.pose import POSES, Pose, centre_of, grid, heading_of, jittered, sample
+from mmvae.pose import POSES, Pose, grid, jittered, sample
 
 ANGLES = torch.linspace(-3, 3, 7)
 SHIFTS = torch.stack([torch.linspace(-0.6, 0.6, 7), torch.linspace(0.5, -0.3, 7)], 1)
@@ -67,7 +67,7 @@ def test_a_sprite_is_located_and_its_angle_matched():
     rows = hearts()
     pixels = torch.stack([torch.from_numpy(np.array(image)).movedim(-1, 0) for image in rows["image"]]).float() / 255
     pose = Pose("rotation+shift", (64, 64), window=0.5)
-    shift = centre_of(pixels)
+    shift, _ = pose.locate(pixels)
     seen = pose.cut(pixels, shift, torch.zeros(len(pixels)))
     truth = torch.tensor(rows["angle"])
     for one in range(5):  # a heart in the pose that it has, matched to other hearts of its size and colour
@@ -81,8 +81,9 @@ def test_a_heading_turns_with_the_picture_whatever_the_background_and_points_to_
     down, across = torch.meshgrid(torch.linspace(-1, 1, 40), torch.linspace(-1, 1, 40), indexing="ij")
     wedge = ((across > -0.5) & (across < 0.6) & (down.abs() < 0.3 * (0.7 - across))).float().expand(7, 3, 40, 40)
     turned = sample(wedge, grid(ANGLES, torch.zeros(7, 2), (40, 40), 1.0), "zeros")
+    pose = Pose("rotation", (40, 40))
     for behind in (0.0, 0.4, 1.0):
-        heading = heading_of(behind + turned * (0.7 - behind), torch.zeros(7, 2))
+        _, heading = pose.locate(behind + turned * (0.7 - behind))
         error = (heading - ANGLES + math.pi) % (2 * math.pi) - math.pi - math.pi  # its thick end is at the left
         assert ((error + math.pi) % (2 * math.pi) - math.pi).abs().max() < math.radians(2), behind
 
@@ -90,7 +91,10 @@ def test_a_heading_turns_with_the_picture_whatever_the_background_and_points_to_
 def test_a_heading_is_finite_where_nothing_has_one():
     flat, dot = torch.full((1, 1, 8, 8), 0.5), torch.zeros(1, 1, 9, 9)
     dot[..., 4, 4] = 1.0
-    assert heading_of(flat, torch.zeros(1, 2)).isfinite().all() and heading_of(dot, torch.zeros(1, 2)).isfinite().all()
+    for kind in ("rotation", "rotation+shift"):
+        for picture in (flat, dot):
+            shift, heading = Pose(kind, tuple(picture.shape[2:])).locate(picture)
+            assert shift.isfinite().all() and heading.isfinite().all()
 
 
 def test_jitter_turns_scales_and_shifts_a_little_and_each_picture_by_itself():

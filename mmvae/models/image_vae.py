@@ -27,7 +27,7 @@ from mmvae.models.inherited import refuse_unknown
 from mmvae.models.tiling import TiledModel
 from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, fold_leading
 from mmvae.objectives import Objective
-from mmvae.pose import POSES, Pose, heading_of, jittered, lay
+from mmvae.pose import POSES, Pose, jittered, lay
 
 _NARROW = -6.0  # log-variance of a pose at the beginning: 3 degrees
 
@@ -256,9 +256,9 @@ class ImageVAE(ClassVAE, TiledModel):
         if self.pose is None:
             return self.latent_given(self._trunk(pixels))
         pixels = pixels.float()
-        shift = self.pose.locate(pixels)
+        shift, heading = self.pose.locate(pixels)
         # the content is inferred in a frame that turns with the object, and so cannot know its angle
-        moments = self.to_moments(self._trunk(self.pose.cut(pixels, shift, heading_of(pixels, shift))))
+        moments = self.to_moments(self._trunk(self.pose.cut(pixels, shift, heading)))
         loc, logvar = moments.tensor_split([self.content_dim], 1)
         with torch.no_grad():
             drawn = self.likelihood(lay(*self._canonical(loc))).mean
