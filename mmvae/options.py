@@ -1,13 +1,14 @@
 """Options of the recipes: checked when they are made, before any data is read; from a YAML file and the command line."""
 
 import contextlib
+import copy
 import difflib
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import yaml
 from transformers import HfArgumentParser, SchedulerType
@@ -16,7 +17,7 @@ from mmvae.data.rows import ON_BAD_ROW
 from mmvae.hub import check_repo_id
 from mmvae.objectives import OBJECTIVES
 from mmvae.phases import build_phases
-from mmvae.schedules import SCHEDULES
+from mmvae.schedules import SCHEDULES, in_steps
 
 LR_SCHEDULES = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}  # these step on a metric, not on a step
 
@@ -42,14 +43,14 @@ class RunArguments:
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
     lr_schedule: str = field(default="constant_with_warmup", metadata={"help": "a name that transformers.get_scheduler knows"})
-    lr_options: str = field(default="{}", metadata={"help": "its scheduler_specific_kwargs"})
+    lr_options: str = field(default="{}", metadata={"help": "its scheduler_specific_kwargs; steps below 1 are a share of the run's"})
     warmup_steps: int = 100
     max_grad_norm: float | None = 100.0
     ema_decay: float = field(default=0.0, metadata={"help": "average the weights; the average is evaluated and saved; 0 is off"})
     mixed_precision: str = field(default="auto", metadata={"help": "no, bf16, fp16, or auto: bf16 where the hardware has it"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model's trunks"})
     kl_schedule: str = field(default="linear", metadata={"help": "constant, linear, sigmoid or cyclical, in optimizer steps"})
-    kl_options: str = field(default='{"steps": 500}', metadata={"help": "its arguments"})
+    kl_options: str = field(default='{"steps": 500}', metadata={"help": "its arguments; steps below 1 are a share of the run's"})
     objective: str = field(default="elbo", metadata={"help": "elbo, iwae or dreg"})
     objective_options: str = field(default="{}", metadata={"help": 'for example {"free_bits": 0.1}'})
     num_samples: int = field(default=1, metadata={"help": "posterior samples per row in training"})
@@ -100,6 +101,15 @@ class RunArguments:
             self.hub_model_id = Path(self.output_dir).name
         if self.hub_model_id is not None:
             check_repo_id(self.hub_model_id)
+
+    def in_steps(self, steps: int) -> Self:
+        """These options with every share of a run of ``steps`` as a number of steps; see :func:`mmvae.schedules.in_steps`."""
+        told = copy.copy(self)
+        told.lr_options, told.kl_options = in_steps(self.lr_options, steps), in_steps(self.kl_options, steps)
+        told.phases = [
+            {k: in_steps(v, steps) if k == "kl_options" else v for k, v in in_steps(phase, steps).items()} for phase in self.phases
+        ]
+        return told
 
     def suit_prior(self, prior: str, latent_dim: int) -> None:
         """Default free bits per dimension become as many per row where the prior is a mixture: its KL has no dimensions.

@@ -3,8 +3,8 @@ r"""Phases of a training run: each has an objective, a schedule that counts from
 A run without phases is one phase. With them each overrides what the run says:
 
     phases:
-    - {steps: 4000, kl_schedule: constant, kl_options: {weight: 0}}                  # an autoencoder first
-    - {reset: generation, kl_options: {steps: 9000}, objective_options: {free_bits: 0.25}}   # then a new decoder
+    - {steps: 0.3, kl_schedule: constant, kl_options: {weight: 0}}    # an autoencoder first, for a share of the run
+    - {reset: generation, kl_options: {steps: 0.6}, objective_options: {free_bits: 0.25}}   # then a new decoder; 4000 is steps
 
 Which phase a step belongs to, and which parts it trains, are functions of the step alone, so that a run may stop anywhere. Parts are
 "inference", the modules that make q(z|x), "generation", all others, and "all". ``{"inference": 10, "all": 1}`` trains ten steps
@@ -71,6 +71,7 @@ def build_phases(run: Mapping[str, Any], phases: Sequence[Mapping[str, Any]]) ->
     Arguments:
         run: ``kl_schedule``, ``kl_options``, ``objective``, ``objective_options`` and ``num_samples`` of phases that do not say.
         phases: options of each, those of ``run`` and ``steps``, ``trained`` and ``reset``; the last has no ``steps``. None: one phase.
+            Shares of a run become steps by :func:`mmvae.schedules.in_steps` before.
 
     Raises:
         ValueError: naming the phase, the option, what it was and what was expected.
@@ -82,12 +83,16 @@ def build_phases(run: Mapping[str, Any], phases: Sequence[Mapping[str, Any]]) ->
         if not isinstance(given, Mapping) or given.keys() - _OPTIONS:
             raise ValueError(f"phases[{number}]: received {given!r}, expected a mapping with some of {sorted(_OPTIONS)}")
         steps = given.get("steps")
-        if (steps is None) != last or (not last and (not isinstance(steps, int) or steps < 1)):
-            expected = "none for the last phase, which goes on to the end" if last else "at least 1"
+        if (steps is None) != last or (not last and not _is_length(steps)):
+            expected = "none for the last phase, which goes on to the end" if last else "at least 1, or a share of the run"
             raise ValueError(f"{where}steps: received {steps!r}, expected {expected}")
         built.append(_phase(where, start, {**_inherited(run, given), **given}))
         start += steps or 0
     return built
+
+
+def _is_length(steps: object) -> bool:
+    return steps >= 1 if isinstance(steps, int) else isinstance(steps, float) and 0 < steps < 1
 
 
 def _inherited(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 r"""Weights as pure functions of the optimizer step: nothing to checkpoint, nothing that accumulation or world size could change.
 
-A schedule is a callable ``step -> weight``; ``step`` counts optimizer steps from 0.
+A schedule is a callable ``step -> weight``; ``step`` counts optimizer steps from 0. A configuration may give steps as a share of a run's.
 
 References:
     Bowman et al. (2016), Generating sentences from a continuous space, https://arxiv.org/abs/1511.06349 (sigmoid annealing)
@@ -8,7 +8,8 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 Schedule = Callable[[int], float]
 
@@ -30,9 +31,11 @@ def linear(steps: int, start: float = 0.0, stop: float = 1.0, delay: int = 0) ->
     return lambda step: start + (stop - start) * min(max((step - delay) / steps, 0.0), 1.0)
 
 
-def sigmoid(midpoint: float = 2500.0, slope: float = 0.0025, stop: float = 1.0) -> Schedule:
-    r"""Logistic annealing, :math:`\mathrm{stop} / (1 + e^{-\mathrm{slope}\,(t - \mathrm{midpoint})})`; both defaults are in steps."""
-    _check("midpoint", midpoint), _check("slope", slope, positive=True), _check("stop", stop)
+def sigmoid(midpoint: float = 2500.0, slope: float | None = None, stop: float = 1.0) -> Schedule:
+    r"""Logistic annealing, :math:`\mathrm{stop} / (1 + e^{-\mathrm{slope}\,(t - \mathrm{midpoint})})`; slope 6.25 / midpoint when None."""
+    _check("midpoint", midpoint, positive=slope is None), _check("stop", stop)
+    slope = 6.25 / midpoint if slope is None else slope
+    _check("slope", slope, positive=True)
     return lambda step: stop * _logistic(slope * (step - midpoint))
 
 
@@ -65,6 +68,21 @@ def cyclical(
     return weight
 
 
+def in_steps(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Options of a schedule, a learning rate's or a phase's, of which those in ``IN_STEPS`` that lie between 0 and 1 are shares of a run.
+
+    Arguments:
+        options: by name.
+        steps: of the run.
+
+    Example:
+        >>> in_steps({"steps": 0.1, "start": 0.1, "delay": 5}, 200)
+        {'steps': 20, 'start': 0.1, 'delay': 5}
+    """
+    shares = {name for name in IN_STEPS & options.keys() if isinstance(options[name], float) and 0 < options[name] < 1}
+    return {name: max(1, round(value * steps)) if name in shares else value for name, value in options.items()}
+
+
 def _logistic(x: float) -> float:
     return 0.5 * (1.0 + math.tanh(0.5 * x))
 
@@ -74,6 +92,7 @@ RAMPS: dict[str, Callable[[float], float]] = {
     "cosine": lambda v: 0.5 - 0.5 * math.cos(math.pi * v),
     "sigmoid": lambda v: (_logistic(12 * v - 6) - _logistic(-6)) / (_logistic(6) - _logistic(-6)),
 }
+IN_STEPS = {"steps", "delay", "midpoint", "period", "num_decay_steps", "num_stable_steps"}
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": constant,
     "linear": linear,

@@ -35,6 +35,28 @@ def test_a_phase_says_what_is_different():
     assert [phase.objective.keywords for phase in phases] == [{"free_bits": 0.5}, {}, {}]
 
 
+def test_steps_may_be_shares_of_the_run():
+    phases = [{"steps": 0.25, "kl_options": {"steps": 0.1}}, {"steps": 5, "kl_schedule": "constant", "kl_options": {"weight": 0.5}}, {}]
+    run = RunArguments(
+        num_epochs=1, kl_options={"steps": 0.5, "start": 0.5}, lr_options={"num_decay_steps": 0.6, "min_lr_ratio": 0.02}, phases=phases
+    )
+    told = run.in_steps(40)
+    assert (told.kl_options, told.lr_options) == ({"steps": 20, "start": 0.5}, {"num_decay_steps": 24, "min_lr_ratio": 0.02})
+    assert [phase.start for phase in build_phases(vars(told), told.phases)] == [0, 10, 15]
+    assert [told.phases[0]["kl_options"], told.phases[1]["kl_options"]] == [{"steps": 4}, {"weight": 0.5}]
+    assert (run.kl_options["steps"], run.phases[0]["steps"]) == (0.5, 0.25)
+    assert told.in_steps(9).lr_options == told.lr_options
+
+
+def test_a_run_in_shares_is_the_run_in_steps(tmp_path):
+    weights = []
+    for name, options in (("shares", {"steps": 0.5}), ("steps", {"steps": 3})):
+        accelerator, args, model, loaders = make(tmp_path / name, num_epochs=2, kl_options=options)
+        train(accelerator, args, model, loaders)
+        weights.append(model.state_dict())
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+
+
 @pytest.mark.parametrize(
     ("phases", "message"),
     [
@@ -44,6 +66,7 @@ def test_a_phase_says_what_is_different():
         ([{"steps": 5}], "phases[0].steps: received 5, expected none for the last phase"),
         ([{}, {}], "phases[0].steps: received None, expected at least 1"),
         ([{"steps": 0}, {}], "phases[0].steps: received 0, expected at least 1"),
+        ([{"steps": 1.5}, {}], "phases[0].steps: received 1.5, expected at least 1, or a share of the run"),
         ([{"kl_schedule": "steep"}], "phases[0].kl_schedule: received 'steep', expected one of"),
         ([{"kl_options": {"step": 5}}], "phases[0].kl_options: received {'step': 5}, expected parameters of linear"),
         ([{"objective_options": {"bits": 5}}], "phases[0].objective_options: received {'bits': 5}"),

@@ -24,6 +24,7 @@ def test_sigmoid_is_the_logistic_function():
     for step in (0, 50, 100, 137, 200):
         assert weight(step) == pytest.approx(2 / (1 + math.exp(-0.1 * (step - 100))), rel=1e-9)
     assert weight(100) == 1.0
+    assert sigmoid(midpoint=80)(0) == pytest.approx(1 / (1 + math.exp(6.25)))
     assert sigmoid(midpoint=1e9, slope=1e3)(0) == 0.0
     assert sigmoid(midpoint=0, slope=1e3)(10**9) == 1.0
 

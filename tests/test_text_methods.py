@@ -38,6 +38,7 @@ def test_a_method_is_what_differs_from_the_plain_one(name):
 @pytest.mark.parametrize("name", ["base", *METHODS])
 def test_every_phase_of_a_method_takes_a_step(name):
     run, text = options("base", name) if name != "base" else options("base")
+    run = run.in_steps(10_000)
     small = {"vocab_size": 9, "embedding_size": 4, "hidden_size": 4, "latent_dim": 3}
     kept = {key: value for key, value in vars(text).items() if key not in recipe("text_vae").DATA and key in TextVAEConfig().to_dict()}
     torch.manual_seed(0)
