@@ -45,7 +45,7 @@ class BenchmarkArguments:
     num_samples: int = field(default=1000, metadata={"help": "importance samples of a picture"})
     num_sentences: int = field(default=1000, metadata={"help": "written at once"})
     num_pictures: int = field(default=10_000, metadata={"help": "in the file that is loaded"})
-    warm_steps: int = field(default=100, metadata={"help": "training steps of the model that writes the sentences"})
+    warm_steps: int = field(default=600, metadata={"help": "training steps of the model that writes the sentences"})
     streamed_rows: int = field(default=0, metadata={"help": "rows of text streamed to measure memory, beside a hundredth of them; 0: none"})
     output: str | None = field(default=None, metadata={"help": "JSON file"})
 
