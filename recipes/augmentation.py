@@ -7,13 +7,18 @@
 For every number of labels per class and every draw of which rows have them: a generator, a VAE with classes, learns from these rows alone
 (with --unlabelled from all others too, without their labels), and draws equally many rows of each class. Then two classifiers that are
 alike in everything, first weights, steps, batch size and random changes to pictures included, learn from the real rows, or from real and
-generated ones, and are measured on all test rows. metrics.json holds every draw, the means, and p of the two-sided paired t-test over the
-draws. One process; started again after a stop, it goes on where it was. Results: see the configs.
+generated ones, and are measured on all test rows; with --trainings several times, from other first weights. metrics.json holds every draw,
+the means, and p of the two-sided paired t-test over the draws. One process; started again after a stop, it goes on where it was. Results:
+see the configs.
 """
 
 import json
+import math
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,7 @@ from mmvae.experiment import parse, start
 from mmvae.hub import write_metrics
 from mmvae.modalities import overridden
 from mmvae.models.classes import ClassVAE
+from mmvae.noise import fold
 from mmvae.options import mapping
 from mmvae.pictures import grid, table
 from mmvae.processing import decode_text
@@ -60,7 +66,10 @@ class AugmentationRun(StudyRun):
     unlabelled: bool = field(default=False, metadata={"help": "show the generator the other training rows too, without their labels"})
     label_repeats: int = field(default=1, metadata={"help": "with --unlabelled: how often the rows with labels come in an epoch"})
     generated: int = field(default=200, metadata={"help": "generated rows of each class"})
-    latents: str = field(default="between", metadata={"help": "of generated rows: between two real rows of the class, or from the prior"})
+    latents: str = field(default="around", metadata={"help": "of generated rows: around real rows of the class, or from the prior"})
+    candidates: int = field(default=5, metadata={"help": "rows of the class of which the nearest one tells a direction"})
+    reach: float = field(default=1.0, metadata={"help": "how far to go towards it or away, at most, in distances between the two rows"})
+    trainings: int = field(default=1, metadata={"help": "of each classifier, from other first weights; their accuracies are averaged"})
     kept: float = field(default=1.0, metadata={"help": "share of them that is kept: those that the classifier of real rows is surest of"})
     generator: str = field(default="{}", metadata={"help": "fields of the generator's configuration alone"})
     generator_run: str = field(default="{}", metadata={"help": "options of training that the generator has otherwise"})
@@ -71,24 +80,37 @@ class AugmentationRun(StudyRun):
         super().__post_init__()
         for option in ("generator", "generator_run"):
             setattr(self, option, mapping(option, getattr(self, option)))
-        if min(self.draws, self.generated, *self.counts) < 1 or not 0 < self.kept <= 1:
-            received = f"{self.counts}, {self.draws}, {self.generated}, {self.kept}"
-            raise ValueError(f"counts, draws, generated, kept: received {received}, expected at least 1, and a share in (0, 1]")
-        if self.latents not in ("between", "prior"):
-            raise ValueError(f"latents: received {self.latents!r}, expected 'between' or 'prior'")
+        for name in ("counts", "draws", "generated", "candidates", "trainings"):
+            received = getattr(self, name)
+            if min(received if name == "counts" else [received]) < 1:
+                raise ValueError(f"{name}: received {received}, expected at least 1")
+        if not 0 < self.kept <= 1 or self.reach < 0:
+            raise ValueError(f"kept, reach: received {self.kept}, {self.reach}, expected a share in (0, 1], and at least 0")
+        if self.latents not in ("around", "prior"):
+            raise ValueError(f"latents: received {self.latents!r}, expected 'around' or 'prior'")
 
 
-def between(model: ClassVAE, rows: Rows, labels: Tensor, seed: int) -> Tensor:
-    """Latents (N, D) on lines between two rows of the class that each label (N,) names, as random changes to pictures make them."""
-    generator, loader, known, means = torch.Generator().manual_seed(seed), Loader(rows, 500, seed=seed), [], []
+def around(model: ClassVAE, rows: Rows, labels: Tensor, seed: int, candidates: int, reach: float) -> Tensor:
+    """Latents (N, D) around rows of the class that each label (N,) names, as random changes to pictures make them.
+
+    Each lies on the line through the posterior means of a row and of the nearest of some others, up to ``reach`` of the distance between
+    them on either side of the first: lines to far rows pass through what is nothing, and points beyond are more of a change than points
+    between (DeVries, Taylor, 2017, Dataset augmentation in feature space, https://arxiv.org/abs/1702.05538).
+    """
+    generator, loader, seen = torch.Generator().manual_seed(seed), Loader(rows, 500, seed=seed), []
     with torch.no_grad():
         for batch in (batch for epoch in range(-(-2 * len(labels) // rows.num_rows)) for batch in loader.batches(epoch)):
-            known.append(batch["labels"])
-            means.append(model.posterior(**model_inputs(model, batch)).mixture.mean.cpu())
-    told, z = torch.cat(known), torch.cat(means)
-    of_class = [(told == number).nonzero().flatten() for number in range(model.config.num_classes)]
-    ends = torch.stack([of_class[n][torch.randint(len(of_class[n]), (2,), generator=generator)] for n in labels.tolist()], 1)
-    return torch.lerp(z[ends[0]], z[ends[1]], torch.rand(len(labels), 1, generator=generator)).to(model.device)
+            seen.append((batch["labels"], batch["row"], model.posterior(**model_inputs(model, batch)).mixture.mean.cpu()))
+    told, number, z = (torch.cat(each) for each in zip(*seen, strict=True))
+    of_class = {label: (told == label).nonzero().flatten() for label in labels.unique().tolist()}
+    picked = torch.stack(
+        [each[torch.randint(len(each), (1 + candidates,), generator=generator)] for each in map(of_class.get, labels.tolist())]
+    )
+    first, others = picked[:, :1], picked[:, 1:]
+    distance = (z[others] - z[first]).square().sum(-1).masked_fill(number[others] == number[first], math.inf)  # not the row itself again
+    nearest = others.gather(1, distance.argmin(1, keepdim=True))
+    where = reach * (2 * torch.rand(len(labels), 1, generator=generator) - 1)
+    return torch.lerp(z[first[:, 0]], z[nearest[:, 0]], where).to(model.device)
 
 
 def drawn(model: ClassVAE, processor: Any, labels: Tensor, latents: Tensor | None, seed: int) -> list[Any]:
@@ -141,22 +163,35 @@ def draw_once(accelerator: Accelerator, args: AugmentationRun, data: LabelledDat
     transform = binarization(getattr(generator.config, "binarize", "none"))
     train_once(accelerator, args, generator, known, folder / "generator", transform=transform, seed=seed, **args.generator_run)
     classes = torch.arange(len(data.told.classes)).repeat_interleave(args.generated)
-    latents = between(generator, data.rows(data.train.select(shown), changed), classes, seed) if args.latents == "between" else None
+    latents = None
+    if args.latents == "around":
+        latents = around(generator, data.rows(data.train.select(shown), changed), classes, seed, args.candidates, args.reach)
     made = drawn(generator, processor, classes, latents, seed)
 
     sample, test, figures, num_rows = Sample(data, column, shown), data.rows(data.test, column), {}, 2 * len(made)
     for arm in ARMS:
         added = (made, classes) if arm == "augmented" else ([], classes[:0])
         rows = data.rows(sample.with_generated(*added, num_rows), changed)
-        torch.manual_seed(seed)
-        model = classifier_class(overridden(config, {}, {}, **data.names, **args.classifier))
-        train_classifier(accelerator, args, model, rows, folder / arm, seed=seed)
-        figures[arm] = accuracy(accelerator, model, test)
+        build = partial(classifier_class, overridden(config, {}, {}, **data.names, **args.classifier))
+        figures[arm], model = classified(accelerator, args, build, rows, test, folder / arm, seed)
         if arm == "real" and args.kept < 1:
             chosen = surest(accelerator, model, data.rows(sample.with_generated(made, classes, 0), column), classes, args.kept)
             made, classes = [made[i] for i in chosen.tolist()], classes[chosen]
     look(folder / "generated", made, classes)
     return figures | {"seconds": time.perf_counter() - began}
+
+
+def classified(
+    accelerator: Accelerator, args: AugmentationRun, build: Callable[[], Any], rows: Rows, test: Rows, folder: Path, seed: int
+) -> tuple[float, Any]:
+    """Mean test accuracy of as many classifiers as are asked for, and the last of them."""
+    right = []
+    for key in (fold(seed, training) for training in range(args.trainings)):
+        torch.manual_seed(key)
+        model = build()
+        train_classifier(accelerator, args, model, rows, folder / str(len(right)), seed=key)
+        right.append(accuracy(accelerator, model, test))
+    return statistics.mean(right), model
 
 
 def surest(accelerator: Accelerator, model: Any, rows: Rows, classes: Tensor, share: float) -> Tensor:

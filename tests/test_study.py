@@ -63,12 +63,12 @@ def augment(folder, *options) -> dict[str, float]:
 
 
 def test_augmentation_of_pictures_goes_on_where_it_was(pictures, tmp_path):
-    options = ["--dataset", pictures, *IMAGE, "--counts", "2", "--augmentation", '{"shift": 1}', "--kept", "0.5"]
+    options = ["--dataset", pictures, *IMAGE, "--counts", "2", "--augmentation", '{"shift": 1}', "--kept", "0.5", "--trainings", "2"]
     one = augment(tmp_path, *options, "--draws", "1")
     checkpoints = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("manifest.json")}
     two = augment(tmp_path, *options, "--draws", "2")
     assert checkpoints.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("manifest.json")}.items()
-    assert len(checkpoints) == 3
+    assert len(checkpoints) == 5, "of a generator and two classifiers of each kind"
     for arm in ("real", "augmented"):
         each = [two[f"2/{arm}/draw_{draw}"] for draw in range(2)]
         assert each[0] == one[f"2/{arm}/draw_0"] and two[f"2/{arm}/accuracy"] == pytest.approx(sum(each) / 2)
@@ -90,21 +90,30 @@ def test_the_generator_sees_rows_with_labels_alone_unless_told_otherwise(tmp_pat
     assert "generated" in (folder / "runs" / "1_0" / "generated.md").read_text()
 
 
-def test_latents_between_rows_of_a_class(pictures):
-    data, column = LabelledData.read(pictures, None), ImageColumn("image", 8, 1)
+def test_latents_around_rows_of_a_class(pictures):
+    data, column, around = LabelledData.read(pictures, None), ImageColumn("image", 8, 1), recipe("augmentation").around
     torch.manual_seed(0)
     model = ImageVAE(ImageVAEConfig(image_size=8, num_channels=1, hidden_channels=[4], latent_dim=2, num_classes=2)).eval()
     rows, labels = data.rows(data.train.select(data.shown(1, 0)), column), torch.tensor([0, 1, 1, 0, 1])
     batch = rows.batch(rows.numbers, rows.numbers)
-    own = model.posterior(**batch).mixture.mean.detach()  # of one row of each class: all that lies between it and itself
-    torch.testing.assert_close(recipe("augmentation").between(model, rows, labels, 0), own[batch["labels"].argsort()][labels])
+    own = model.posterior(**batch).mixture.mean.detach()  # of one row of each class: there is no other to go to or away from
+    torch.testing.assert_close(around(model, rows, labels, 0, 5, 0.7), own[batch["labels"].argsort()][labels])
     rows = data.rows(data.train, column)
-    z, batch = recipe("augmentation").between(model, rows, labels, 0), rows.batch(rows.numbers, rows.numbers)
-    ends = model.posterior(**batch).mixture.mean.detach()
-    for point, label in zip(z, labels, strict=True):
-        of_class = ends[batch["labels"] == label]
-        beyond = (of_class - point).norm(dim=1).unsqueeze(1) + (of_class - point).norm(dim=1) - torch.cdist(of_class, of_class)
-        assert beyond.min() < 1e-5
+    batch = rows.batch(rows.numbers, rows.numbers)
+    means = model.posterior(**batch).mixture.mean.detach()
+    for candidates in (1, 1000):
+        sides = set()
+        for point, label in zip(around(model, rows, labels.repeat(9), 0, candidates, 0.4), labels.repeat(9), strict=True):
+            of_class = means[batch["labels"] == label]
+            lines, away = of_class.unsqueeze(0) - of_class.unsqueeze(1), (point - of_class).unsqueeze(1)  # from every row to every other
+            along = (away * lines).sum(-1) / lines.square().sum(-1).clamp(min=1e-12)
+            off = (away - along.unsqueeze(-1) * lines).norm(dim=-1) + 9 * (along.abs() > 0.4) + 9 * torch.eye(len(of_class))
+            if candidates == 1000:  # then only the nearest one is gone to
+                lengths = lines.norm(dim=-1) + 9 * torch.eye(len(of_class))
+                off = off + 9 * (lengths > lengths.min(1, keepdim=True).values + 1e-6)
+            assert off.min() < 1e-4
+            sides.add(bool(along.flatten()[off.argmin()] > 0))
+        assert sides == {True, False}
 
 
 @pytest.mark.parametrize("made", [0, 3, 50])
