@@ -43,14 +43,14 @@ class RunArguments:
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
     lr_schedule: str = field(default="constant_with_warmup", metadata={"help": "a name that transformers.get_scheduler knows"})
-    lr_options: str = field(default="{}", metadata={"help": "its scheduler_specific_kwargs; steps below 1 are a share of the run's"})
+    lr_options: str = field(default="{}", metadata={"help": "its scheduler_specific_kwargs; steps up to 1.0 are a share of the run's"})
     warmup_steps: int = 100
     max_grad_norm: float | None = 100.0
     ema_decay: float = field(default=0.0, metadata={"help": "average the weights; the average is evaluated and saved; 0 is off"})
     mixed_precision: str = field(default="auto", metadata={"help": "no, bf16, fp16, or auto: bf16 where the hardware has it"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model's trunks"})
     kl_schedule: str = field(default="linear", metadata={"help": "constant, linear, sigmoid or cyclical, in optimizer steps"})
-    kl_options: str = field(default='{"steps": 500}', metadata={"help": "its arguments; steps below 1 are a share of the run's"})
+    kl_options: str = field(default='{"steps": 500}', metadata={"help": "its arguments; steps up to 1.0 are a share of the run's"})
     objective: str = field(default="elbo", metadata={"help": "elbo, iwae or dreg"})
     objective_options: str = field(default="{}", metadata={"help": 'for example {"free_bits": 0.1}'})
     num_samples: int = field(default=1, metadata={"help": "posterior samples per row in training"})

@@ -69,7 +69,7 @@ def cyclical(
 
 
 def in_steps(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Options of a schedule, a learning rate's or a phase's, of which those in ``IN_STEPS`` that lie between 0 and 1 are shares of a run.
+    """Options of a schedule, a learning rate's or a phase's, of which those in ``IN_STEPS`` that are floats up to 1 are shares of a run.
 
     Arguments:
         options: by name.
@@ -79,7 +79,7 @@ def in_steps(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
         >>> in_steps({"steps": 0.1, "start": 0.1, "delay": 5}, 200)
         {'steps': 20, 'start': 0.1, 'delay': 5}
     """
-    shares = {name for name in IN_STEPS & options.keys() if isinstance(options[name], float) and 0 < options[name] < 1}
+    shares = {name for name in IN_STEPS & options.keys() if isinstance(options[name], float) and 0 < options[name] <= 1}
     return {name: max(1, round(value * steps)) if name in shares else value for name, value in options.items()}
 
 

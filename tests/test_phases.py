@@ -10,6 +10,7 @@ from mmvae import MMVAE, ImageVAEConfig, MMVAEConfig, TextVAE, TextVAEConfig, Te
 from mmvae.experiment import RunArguments, train, vae_step
 from mmvae.objectives import elbo
 from mmvae.phases import build_phases, part_of, phase_at
+from mmvae.schedules import in_steps
 
 RUN = {"kl_schedule": "linear", "kl_options": {"steps": 4}, "objective": "elbo", "objective_options": {"free_bits": 0.5}, "num_samples": 1}
 
@@ -46,6 +47,7 @@ def test_steps_may_be_shares_of_the_run():
     assert [told.phases[0]["kl_options"], told.phases[1]["kl_options"]] == [{"steps": 4}, {"weight": 0.5}]
     assert (run.kl_options["steps"], run.phases[0]["steps"]) == (0.5, 0.25)
     assert told.in_steps(9).lr_options == told.lr_options
+    assert in_steps({"steps": 1.0, "delay": 1, "start": 0.5}, 40) == {"steps": 40, "delay": 1, "start": 0.5}
 
 
 def test_a_run_in_shares_is_the_run_in_steps(tmp_path):
