@@ -10,7 +10,7 @@ Of a text VAE also how it reconstructs, and how different its samples are (mmvae
 and --samples_file writes samples for a language model to be trained on.
 With --label a linear classifier tells what it reads in the latent (mmvae/baselines.py). A joint model is also asked to retrieve, translate
 and describe (mmvae/coherence.py), beside what the nearest training text would say; with --label also what is of the right class.
-Of several models there are means and deviations too: --output is their JSON, and each folder gets its own.
+Several models are columns of one table, beside means and deviations: --output is their JSON, and each folder gets its own.
 Results are independent of batch size and number of processes; the noise of a row is keyed by (seed, row).
 """
 
@@ -154,7 +154,8 @@ def main() -> None:
             print(f"{record['rows']} rows, {record['seconds']} s")
     if len(records) > 1 and accelerator.is_main_process:
         both = summary(records)
-        values = {title: list(both[key].values()) for title, key in (("mean", "metrics"), ("deviation", "deviation"))}
+        values = {record["model"]: [record["metrics"][name] for name in both["metrics"]] for record in records}
+        values |= {title: list(both[key].values()) for title, key in (("mean", "metrics"), ("deviation", "deviation"))}
         print(table({"figure": list(both["metrics"])} | values))
         write(both, Path(args.output or f"evaluation-{args.split}.json"))
     accelerator.end_training()

@@ -70,7 +70,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(finished, data, tmp_path
     assert end(tmp_path) == end(finished)
 
 
-def test_evaluate_gives_the_figures_of_the_run_and_those_of_a_joint_model(finished, data, tmp_path):
+def test_evaluate_gives_the_figures_of_the_run_and_those_of_a_joint_model(finished, data, tmp_path, capsys):
     options = ["--dataset", data, "--importance_samples", "3", "--batch_size", "4"]
     run("evaluate", ["--model", finished, *options, "--conditional_samples", "3", "--num_generated", "8"])
     record = json.loads((finished / "evaluation-test.json").read_text())
@@ -86,6 +86,7 @@ def test_evaluate_gives_the_figures_of_the_run_and_those_of_a_joint_model(finish
     swapped = [*options, "--modalities", "de:text:de,en:text", "--num_generated", "0", "--output", tmp_path / "both.json"]
     run("evaluate", ["--model", finished, finished, *swapped])
     both = json.loads((tmp_path / "both.json").read_text())
+    assert f"| figure | {finished.name} | mean | deviation |" in capsys.readouterr().out
     assert len(both["models"]) == 2 and set(both["deviation"].values()) == {0.0}
     assert both["metrics"] == pytest.approx({name: again[name] for name in both["metrics"]}, rel=1e-5, abs=1e-5)
     assert "en_to_de/bleu" not in both["metrics"] and "en_to_de/recall_at_1" in both["metrics"]
