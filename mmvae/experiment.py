@@ -133,7 +133,7 @@ def vae_step(
 
     Arguments:
         accelerator, model: prepared.
-        args: phases, accumulation and clipping.
+        args: phases, accumulation and clipping; shares of a run are steps already (:meth:`RunArguments.in_steps`).
         transform: (batch, keys (B,)) -> batch, on the device.
         stepping: ``optimizer``, ``scheduler`` and ``ema`` of :func:`mmvae.training.update`.
     """
@@ -193,7 +193,7 @@ def train(
     if args.max_steps is None and loaders["train"].num_rows is None:
         raise ValueError("max_steps: received None with streaming, expected a number: how many steps an epoch of a stream has is not known")
     steps = args.num_epochs * len(loaders["train"]) if args.max_steps is None else args.max_steps
-    given, args = asdict(args), args.in_steps(steps)
+    args = args.in_steps(steps)  # so a longer run whose shares are more steps is told as another one
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -225,7 +225,7 @@ def train(
 
     phases = build_phases(vars(args), args.phases)
     step = vae_step(accelerator, prepared, args, transform, optimizer=optimizer, scheduler=scheduler, ema=ema)
-    options = {name: value for name, value in given.items() if name not in _FREE} | {"mixed_precision": accelerator.mixed_precision}
+    options = {name: value for name, value in asdict(args).items() if name not in _FREE} | {"mixed_precision": accelerator.mixed_precision}
     model.train()
     result = fit(
         accelerator, step, loaders["train"], state=state, folder=Path(args.output_dir) / "checkpoints", max_steps=steps,

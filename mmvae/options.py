@@ -43,14 +43,14 @@ class RunArguments:
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
     lr_schedule: str = field(default="constant_with_warmup", metadata={"help": "a name that transformers.get_scheduler knows"})
-    lr_options: str = field(default="{}", metadata={"help": "its scheduler_specific_kwargs; steps up to 1.0 are a share of the run's"})
+    lr_options: str = field(default="{}", metadata={"help": "its scheduler_specific_kwargs; steps may be a share, 0.2 of the run's"})
     warmup_steps: int = 100
     max_grad_norm: float | None = 100.0
     ema_decay: float = field(default=0.0, metadata={"help": "average the weights; the average is evaluated and saved; 0 is off"})
     mixed_precision: str = field(default="auto", metadata={"help": "no, bf16, fp16, or auto: bf16 where the hardware has it"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model's trunks"})
     kl_schedule: str = field(default="linear", metadata={"help": "constant, linear, sigmoid or cyclical, in optimizer steps"})
-    kl_options: str = field(default='{"steps": 500}', metadata={"help": "its arguments; steps up to 1.0 are a share of the run's"})
+    kl_options: str = field(default='{"steps": 500}', metadata={"help": "its arguments; steps may be a share, 0.2 of the run's"})
     objective: str = field(default="elbo", metadata={"help": "elbo, iwae or dreg"})
     objective_options: str = field(default="{}", metadata={"help": 'for example {"free_bits": 0.1}'})
     num_samples: int = field(default=1, metadata={"help": "posterior samples per row in training"})
@@ -90,9 +90,10 @@ class RunArguments:
         if self.monitor == "last" and self.patience is not None:
             raise ValueError(f"patience: received {self.patience} with monitor 'last', expected a figure to watch, or None")
         for name in _COUNTS:
-            value, least = getattr(self, name), 0 if name == "importance_samples" else 1
-            if value is not None and value < least:
-                raise ValueError(f"{name}: received {value}, expected at least {least}")
+            value, least = getattr(self, name), 0 if name in ("importance_samples", "warmup_steps") else 1
+            whole = "" if isinstance(value, int) else " and whole"
+            if value is not None and (whole or value < least):
+                raise ValueError(f"{name}: received {value}, expected at least {least}{whole}")
         if self.on_bad_row not in ON_BAD_ROW:
             raise ValueError(f"on_bad_row: received {self.on_bad_row!r}, expected one of {', '.join(ON_BAD_ROW)}")
         if not 0 <= self.most_bad_rows <= 1:
@@ -200,7 +201,7 @@ def by_name(option: str, value: str | Mapping[str, Any], kinds: Mapping[str, str
 
 _COUNTS = (
     "max_steps", "num_epochs", "batch_size", "accumulation", "log_every", "save_every", "keep", "num_samples", "eval_every",
-    "importance_samples",
+    "importance_samples", "warmup_steps",
 )  # fmt: skip
 
 

@@ -84,10 +84,14 @@ def build_phases(run: Mapping[str, Any], phases: Sequence[Mapping[str, Any]]) ->
             raise ValueError(f"phases[{number}]: received {given!r}, expected a mapping with some of {sorted(_OPTIONS)}")
         steps = given.get("steps")
         if (steps is None) != last or (not last and not _is_length(steps)):
-            expected = "none for the last phase, which goes on to the end" if last else "at least 1, or a share of the run"
+            expected = (
+                "none for the last phase, which goes on to the end" if last else "a whole number from 1 on, or a share of the run below 1.0"
+            )
             raise ValueError(f"{where}steps: received {steps!r}, expected {expected}")
         built.append(_phase(where, start, {**_inherited(run, given), **given}))
         start += steps or 0
+    if (shares := sum(given["steps"] for given in phases[:-1] if isinstance(given["steps"], float))) >= 1:
+        raise ValueError(f"phases: received steps that are {shares:g} of the run, expected less than 1")
     return built
 
 

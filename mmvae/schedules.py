@@ -69,7 +69,7 @@ def cyclical(
 
 
 def in_steps(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Options of a schedule, a learning rate's or a phase's, of which those in ``IN_STEPS`` that are floats up to 1 are shares of a run.
+    """Options of a run's schedule, learning rate or phase, of which those in ``STEP_OPTIONS`` that are floats up to 1 are shares of it.
 
     Arguments:
         options: by name.
@@ -79,7 +79,7 @@ def in_steps(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
         >>> in_steps({"steps": 0.1, "start": 0.1, "delay": 5}, 200)
         {'steps': 20, 'start': 0.1, 'delay': 5}
     """
-    shares = {name for name in IN_STEPS & options.keys() if isinstance(options[name], float) and 0 < options[name] <= 1}
+    shares = {name for name in STEP_OPTIONS & options.keys() if isinstance(options[name], float) and 0 < options[name] <= 1}
     return {name: max(1, round(value * steps)) if name in shares else value for name, value in options.items()}
 
 
@@ -92,7 +92,7 @@ RAMPS: dict[str, Callable[[float], float]] = {
     "cosine": lambda v: 0.5 - 0.5 * math.cos(math.pi * v),
     "sigmoid": lambda v: (_logistic(12 * v - 6) - _logistic(-6)) / (_logistic(6) - _logistic(-6)),
 }
-IN_STEPS = {"steps", "delay", "midpoint", "period", "num_decay_steps", "num_stable_steps"}
+STEP_OPTIONS = {"steps", "delay", "midpoint", "period", "num_decay_steps", "num_stable_steps", "timescale"}
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": constant,
     "linear": linear,

@@ -70,7 +70,9 @@ class AugmentationRun(StudyRun):
     candidates: int = field(default=5, metadata={"help": "rows of the class of which the nearest one tells a direction"})
     reach: float = field(default=1.0, metadata={"help": "how far to go towards it or away, at most, in distances between the two rows"})
     trainings: int = field(default=1, metadata={"help": "of each classifier, from other first weights; their accuracies are averaged"})
-    kept: float = field(default=1.0, metadata={"help": "share of them that is kept: those that the classifier of real rows is surest of"})
+    kept: float = field(
+        default=1.0, metadata={"help": "share of the generated rows that is kept: what the classifier of real rows is surest of"}
+    )
     generator: str = field(default="{}", metadata={"help": "fields of the generator's configuration alone"})
     generator_run: str = field(default="{}", metadata={"help": "options of training that the generator has otherwise"})
     batch_size: int = 64
@@ -94,7 +96,7 @@ def around(model: ClassVAE, rows: Rows, labels: Tensor, seed: int, candidates: i
     """Latents (N, D) around rows of the class that each label (N,) names, as random changes to pictures make them.
 
     Each lies on the line through the posterior means of a row and of the nearest of some others, up to ``reach`` of the distance between
-    them on either side of the first: lines to far rows pass through what is nothing, and points beyond are more of a change than points
+    them on either side of the first: lines to far rows pass through latents of no class, and points beyond are more of a change than points
     between (DeVries, Taylor, 2017, Dataset augmentation in feature space, https://arxiv.org/abs/1702.05538).
     """
     generator, loader, seen = torch.Generator().manual_seed(seed), Loader(rows, 500, seed=seed), []
@@ -107,7 +109,9 @@ def around(model: ClassVAE, rows: Rows, labels: Tensor, seed: int, candidates: i
         [each[torch.randint(len(each), (1 + candidates,), generator=generator)] for each in map(of_class.get, labels.tolist())]
     )
     first, others = picked[:, :1], picked[:, 1:]
-    distance = (z[others] - z[first]).square().sum(-1).masked_fill(number[others] == number[first], math.inf)  # not the row itself again
+    distance = (
+        (z[others] - z[first]).square().sum(-1).masked_fill(number[others] == number[first], math.inf)
+    )  # another row, where there is one
     nearest = others.gather(1, distance.argmin(1, keepdim=True))
     where = reach * (2 * torch.rand(len(labels), 1, generator=generator) - 1)
     return torch.lerp(z[first[:, 0]], z[nearest[:, 0]], where).to(model.device)
@@ -186,10 +190,11 @@ def classified(
 ) -> tuple[float, Any]:
     """Mean test accuracy of as many classifiers as are asked for, and the last of them."""
     right = []
-    for key in (fold(seed, training) for training in range(args.trainings)):
+    for training in range(args.trainings):
+        key = fold(seed, training)
         torch.manual_seed(key)
         model = build()
-        train_classifier(accelerator, args, model, rows, folder / str(len(right)), seed=key)
+        train_classifier(accelerator, args, model, rows, folder / str(training), seed=key)
         right.append(accuracy(accelerator, model, test))
     return statistics.mean(right), model
 

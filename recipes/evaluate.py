@@ -154,7 +154,9 @@ def main() -> None:
             print(f"{record['rows']} rows, {record['seconds']} s")
     if len(records) > 1 and accelerator.is_main_process:
         both = summary(records)
-        values = {record["model"]: [record["metrics"][name] for name in both["metrics"]] for record in records}
+        names = [record["model"] for record in records]
+        titles = names if len(set(names)) == len(names) else [f"{n}: {name}" for n, name in enumerate(names, 1)]
+        values = {title: [record["metrics"][name] for name in both["metrics"]] for title, record in zip(titles, records, strict=True)}
         values |= {title: list(both[key].values()) for title, key in (("mean", "metrics"), ("deviation", "deviation"))}
         print(table({"figure": list(both["metrics"])} | values))
         write(both, Path(args.output or f"evaluation-{args.split}.json"))

@@ -56,6 +56,7 @@ def test_a_later_file_wins_over_an_earlier_one(tmp_path):
         ("push_to_hub: true\nhub_model_id: a/b/c", [], "repo_id: got 'a/b/c'"),
         ("", ["--max_steps", "0"], "max_steps: received 0, expected at least 1"),
         ("num_epochs: 0", [], "num_epochs: received 0, expected at least 1"),
+        ("warmup_steps: 0.05", [], "warmup_steps: received 0.05, expected at least 0 and whole"),
         *(
             (f"{name}: 0", [], f"{name}: received 0, expected at least 1")
             for name in ("batch_size", "accumulation", "log_every", "save_every", "keep", "num_samples", "eval_every")

@@ -86,7 +86,7 @@ def test_evaluate_gives_the_figures_of_the_run_and_those_of_a_joint_model(finish
     swapped = [*options, "--modalities", "de:text:de,en:text", "--num_generated", "0", "--output", tmp_path / "both.json"]
     run("evaluate", ["--model", finished, finished, *swapped])
     both = json.loads((tmp_path / "both.json").read_text())
-    assert f"| figure | {finished.name} | mean | deviation |" in capsys.readouterr().out
+    assert f"| figure | 1: {finished.name} | 2: {finished.name} | mean | deviation |" in capsys.readouterr().out
     assert len(both["models"]) == 2 and set(both["deviation"].values()) == {0.0}
     assert both["metrics"] == pytest.approx({name: again[name] for name in both["metrics"]}, rel=1e-5, abs=1e-5)
     assert "en_to_de/bleu" not in both["metrics"] and "en_to_de/recall_at_1" in both["metrics"]

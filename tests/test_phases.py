@@ -7,6 +7,7 @@ import torch
 from test_experiment import make
 
 from mmvae import MMVAE, ImageVAEConfig, MMVAEConfig, TextVAE, TextVAEConfig, TextVAEForSequenceClassification, checkpoint
+from mmvae.checkpoint import CheckpointError
 from mmvae.experiment import RunArguments, train, vae_step
 from mmvae.objectives import elbo
 from mmvae.phases import build_phases, part_of, phase_at
@@ -59,6 +60,14 @@ def test_a_run_in_shares_is_the_run_in_steps(tmp_path):
     assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
 
 
+def test_a_longer_run_whose_shares_are_more_steps_is_another_run(tmp_path):
+    options = {"phases": [{"steps": 0.5, "kl_schedule": "constant"}, {"kl_options": {"steps": 0.25}}], "kl_options": {"steps": 4}}
+    train(*make(tmp_path, num_epochs=2, **options))
+    assert train(*make(tmp_path, num_epochs=2, **options)).step == 6  # resumed at its end
+    with pytest.raises(CheckpointError, match=r"(?s)options.num_epochs: 2 -> 4.*options.phases: .*3.* -> .*6"):
+        train(*make(tmp_path, num_epochs=4, **options))
+
+
 @pytest.mark.parametrize(
     ("phases", "message"),
     [
@@ -66,9 +75,10 @@ def test_a_run_in_shares_is_the_run_in_steps(tmp_path):
         ([3], "phases[0]: received 3, expected a mapping"),
         ([{"beta": 3}], "phases[0]: received {'beta': 3}, expected a mapping with some of ['kl_options'"),
         ([{"steps": 5}], "phases[0].steps: received 5, expected none for the last phase"),
-        ([{}, {}], "phases[0].steps: received None, expected at least 1"),
-        ([{"steps": 0}, {}], "phases[0].steps: received 0, expected at least 1"),
-        ([{"steps": 1.5}, {}], "phases[0].steps: received 1.5, expected at least 1, or a share of the run"),
+        ([{}, {}], "phases[0].steps: received None, expected a whole number from 1 on"),
+        ([{"steps": 0}, {}], "phases[0].steps: received 0, expected a whole number from 1 on"),
+        ([{"steps": 1.5}, {}], "phases[0].steps: received 1.5, expected a whole number from 1 on, or a share of the run below 1.0"),
+        ([{"steps": 0.6}, {"steps": 0.6}, {}], "phases: received steps that are 1.2 of the run, expected less than 1"),
         ([{"kl_schedule": "steep"}], "phases[0].kl_schedule: received 'steep', expected one of"),
         ([{"kl_options": {"step": 5}}], "phases[0].kl_options: received {'step': 5}, expected parameters of linear"),
         ([{"objective_options": {"bits": 5}}], "phases[0].objective_options: received {'bits': 5}"),

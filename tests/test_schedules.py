@@ -26,6 +26,8 @@ def test_sigmoid_is_the_logistic_function():
     assert weight(100) == 1.0
     assert sigmoid(midpoint=80)(0) == pytest.approx(1 / (1 + math.exp(6.25)))
     assert sigmoid(midpoint=1e9, slope=1e3)(0) == 0.0
+    with pytest.raises(ValueError, match="midpoint: received 0, expected a finite number above 0"):
+        sigmoid(midpoint=0)
     assert sigmoid(midpoint=0, slope=1e3)(10**9) == 1.0
 
 
