@@ -125,7 +125,7 @@ class TextGeneration(ClassVAE, GenerationMixin):
         if not by_row or generation_config.return_dict_in_generate or kwargs.get("streamer") or kwargs.get("synced_gpus"):
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         cpu, length, pad = input_ids.device.type == "cpu", input_ids.shape[1], generation_config.pad_token_id
-        chunk = max(1, (1 << 21 if cpu else 1 << 28) // self.config.vocab_size)  # on a CPU logits that stay in the cache
+        chunk = max(1, (1 << 22 if cpu else 1 << 28) // self.config.vocab_size)  # on a CPU logits that stay in the cache
         latents, hidden = self.with_class(kwargs["latents"], kwargs.get("class_labels")).to(self.dtype), None
         source = kwargs.get("source")
         rows = torch.arange(len(input_ids), device=input_ids.device)
