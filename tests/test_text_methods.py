@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from recipe_runs import recipe
+from recipe_runs import recipe, run, sentences
 
 from mmvae import TextVAE, TextVAEConfig
 from mmvae.experiment import parse, vae_step
@@ -51,3 +51,13 @@ def test_every_phase_of_a_method_takes_a_step(name):
             values = step(batch, n)
             assert all(torch.as_tensor(value).isfinite().all() for value in values.values())
             assert not values["skipped"]
+
+
+def test_the_better_bound_on_ptb_goes_on_from_the_first_run(tmp_path, capsys):
+    configs = [str(FOLDER.parent / name) for name in ("text_vae_ptb.yaml", "text_vae_ptb_bound.yaml")]
+    small = ["--embedding_size=4", "--hidden_size=4", "--latent_dim=3", "--log_every=1", "--mixed_precision=no", f"--output_dir={tmp_path}"]
+    small += ["--dataset", str(sentences(tmp_path / "data"))]
+    run("text_vae", ["--config", configs[0], *small, "--num_epochs", "2"], whole=False)
+    capsys.readouterr()
+    run("text_vae", ["--config", configs[0], "--config", configs[1], *small, "--num_epochs", "3"], whole=False)
+    assert "resumed from" in capsys.readouterr().out
