@@ -105,13 +105,11 @@ def around(model: ClassVAE, rows: Rows, labels: Tensor, seed: int, candidates: i
             seen.append((batch["labels"], batch["row"], model.posterior(**model_inputs(model, batch)).mixture.mean.cpu()))
     told, number, z = (torch.cat(each) for each in zip(*seen, strict=True))
     of_class = {label: (told == label).nonzero().flatten() for label in labels.unique().tolist()}
-    picked = torch.stack(
-        [each[torch.randint(len(each), (1 + candidates,), generator=generator)] for each in map(of_class.get, labels.tolist())]
-    )
+    rows_of = [of_class[label] for label in labels.tolist()]
+    picked = torch.stack([each[torch.randint(len(each), (1 + candidates,), generator=generator)] for each in rows_of])
     first, others = picked[:, :1], picked[:, 1:]
-    distance = (
-        (z[others] - z[first]).square().sum(-1).masked_fill(number[others] == number[first], math.inf)
-    )  # another row, where there is one
+    same = number[others] == number[first]  # another row is taken, where there is one
+    distance = (z[others] - z[first]).square().sum(-1).masked_fill(same, math.inf)
     nearest = others.gather(1, distance.argmin(1, keepdim=True))
     where = reach * (2 * torch.rand(len(labels), 1, generator=generator) - 1)
     return torch.lerp(z[first[:, 0]], z[nearest[:, 0]], where).to(model.device)
