@@ -20,7 +20,7 @@ from mmvae.data import Column, ImageColumn, Rows, as_modalities, broken_lines, s
 from mmvae.data.columns import Ragged, check_text
 from mmvae.data.lines import read_lines
 from mmvae.data.loading import features_of
-from mmvae.data.rows import file_row
+from mmvae.data.selection import file_row
 from mmvae.options import parse
 
 

@@ -10,8 +10,9 @@ import datasets
 import pytest
 from PIL import Image
 
-from mmvae.data import BadRow, find_classes, find_column, load_rows, splits
+from mmvae.data import BadRow, LabelColumn, find_classes, find_column, load_rows, read_labels, splits
 from mmvae.data.loading import content_fingerprint, features_of
+from mmvae.data.selection import file_row, select
 
 REAL = os.environ.get("MMVAE_TEST_DATA")
 needs_real_data = pytest.mark.skipif(not REAL, reason="MMVAE_TEST_DATA is not set: no folder with real data")
@@ -117,6 +118,26 @@ def test_a_missing_validation_split_is_held_out_for_good(tmp_path):
     file.write_text("\n".join(f"line number {i}" for i in range(80)) + "\n")
     held = set(first["validation"]["text"])
     assert {line for line in splits(str(file))["validation"]["text"] if line in LINES} == held, "more rows change nothing for these"
+
+
+@pytest.mark.parametrize("num_rows", [5, 40])
+def test_a_row_that_was_held_out_or_chosen_is_told_by_its_number_in_the_file(tmp_path, num_rows):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"label": f"{i}"}) + "\n" for i in range(num_rows)))
+    for data in splits(str(file)).values():
+        numbers = [int(label) for label in data["label"]]
+        assert [file_row(data, row) for row in range(len(data))] == numbers
+        for chosen in ([1, 2, 3], [3, 1], [2], [0, 1], []):
+            some = select(data, [row for row in chosen if row < len(data)])
+            assert [file_row(some, row) for row in range(len(some))] == [int(label) for label in some["label"]]
+
+
+def test_errors_name_the_split_that_is_not_the_training_one(tmp_path):
+    for split, last in (("train", "a"), ("test", "c")):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"label": label}) + "\n" for label in ("a", "b", last)))
+    data = splits(str(tmp_path))
+    with pytest.raises(BadRow, match=r"set, test: row 2, field 'label': got 'c'"):
+        read_labels(data["test"], LabelColumn("label", ("a", "b")), "set")
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".parquet"])

@@ -28,6 +28,7 @@ from huggingface_hub.errors import HFValidationError
 
 from mmvae.data.digits import add_words
 from mmvae.data.lines import BadRow, broken_lines, rows_of_lines
+from mmvae.data.selection import select
 from mmvae.data.sprites import sprites
 from mmvae.data.turned import add_turns
 from mmvae.noise import fold
@@ -197,7 +198,7 @@ def _hold_out(train: Any, dataset: str) -> tuple[Any, Any]:
     last = size - 1 if size <= _FIRST_HELD_OUT else None
     if not streamed:
         held = fold(_HELD_OUT, torch.arange(size)) % 20 == 0 if last is None else torch.arange(size) == last
-        return tuple(train.select(rows.nonzero().flatten().tolist()) for rows in (~held, held))
+        return tuple(select(train, rows.nonzero().flatten().tolist()) for rows in (~held, held))
     parts = (raw.filter(functools.partial(_belongs, last=last, held=held), with_indices=True) for held in (False, True))
     return tuple(part.cast(train.features) if train.features else part for part in parts)
 

@@ -17,6 +17,7 @@ from mmvae.data.columns import Column, LabelColumn
 from mmvae.data.labels import read_labels, shown_labels
 from mmvae.data.loading import find_classes, find_column
 from mmvae.data.rows import Rows
+from mmvae.data.selection import select
 
 
 class PartlyLabelled(Rows):
@@ -64,7 +65,7 @@ class PartlyLabelled(Rows):
         self.num_told = len(first)
         order = torch.cat([first, (~told).nonzero().flatten()])
         self._labels = spread(known.where(told, -100))[order]
-        super().__init__(dataset.select(order.tolist()), columns, name=name, **options)
+        super().__init__(select(dataset, order.tolist()), columns, name=name, **options)
 
     def batch(self, rows: Tensor, keys: Tensor, values: Any = None) -> dict[str, Tensor]:
         """Inputs of some rows; see `Rows.batch`."""

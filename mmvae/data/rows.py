@@ -23,6 +23,7 @@ from mmvae.data.columns import Column, Ragged
 from mmvae.data.lines import BadRow
 from mmvae.data.loading import content_fingerprint, features_of
 from mmvae.data.missing import check_drop, hide
+from mmvae.data.selection import file_row, place
 from mmvae.data.sprites import Sprites
 from mmvae.models.configuration import input_name
 
@@ -137,7 +138,7 @@ class Rows:
 
     def _refuse(self, row: int, why: str, spared_by: str, cause: Exception | None = None) -> None:
         """Tell what is wrong with a row, or, where that leaves rows out, remember it."""
-        told = f"{self.name}: row {file_row(self._dataset, row)}{why}"
+        told = f"{place(self._dataset, self.name, row)}{why}"
         if self._on_bad_row not in ("skip", spared_by):
             raise BadRow(f"{told} (or set on_bad_row={spared_by!r})" if spared_by == "skip_empty" else told) from cause
         self.bad.setdefault(row, told)
@@ -299,12 +300,6 @@ class Rows:
         if not self.in_memory:
             digest.update(content_fingerprint(self.name, None if self.streamed else self._dataset).encode())
         return digest.hexdigest()
-
-
-def file_row(dataset: Any, row: int) -> int:
-    """The row's number before a selection such as a held-out part; `datasets` keeps it in a private table only."""
-    indices = getattr(dataset, "_indices", None)
-    return row if indices is None else indices.column(0)[row].as_py()
 
 
 def _found(dataset: Any, columns: Sequence[str]) -> Tensor:

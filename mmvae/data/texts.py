@@ -5,7 +5,7 @@ from typing import Any
 
 from mmvae.data.columns import check_text
 from mmvae.data.lines import BadRow
-from mmvae.data.rows import file_row
+from mmvae.data.selection import place
 
 
 def texts_of(rows: Any, column: str, name: str = "data", *, missing: bool = False, on_bad_row: str = "error") -> Iterator[str]:
@@ -33,5 +33,5 @@ def texts_of(rows: Any, column: str, name: str = "data", *, missing: bool = Fals
         except ValueError as error:
             if on_bad_row == "skip":
                 continue
-            raise BadRow(f"{name}: row {file_row(rows, number)}, field {column!r}: {error}") from error
+            raise BadRow(f"{place(rows, name, number)}, field {column!r}: {error}") from error
         yield row[column]
