@@ -18,13 +18,12 @@ from mmvae.evaluation import Transform, model_inputs, predict
 from mmvae.experiment import make_loaders, train
 from mmvae.modalities import from_scratch
 from mmvae.models.configuration import VAEConfig
-from mmvae.models.heads import ImageVAEForImageClassification, TextVAEForSequenceClassification
+from mmvae.models.heads import ImageVAEForImageClassification, LatentClassifier, TextVAEForSequenceClassification
 from mmvae.optimization import freeze_unreached
 from mmvae.options import RunArguments, mapping
 from mmvae.training import Result
 
-CLASSIFIERS = {kind.config_class: kind for kind in (ImageVAEForImageClassification, TextVAEForSequenceClassification)}
-"""The classifier of each kind of configuration."""
+_CLASSIFIERS = {kind.config_class: kind for kind in (ImageVAEForImageClassification, TextVAEForSequenceClassification)}
 
 
 @dataclass
@@ -63,6 +62,7 @@ class LabelledData:
         train, test: its rows; of a set without test rows those of validation.
         told: the labels' column.
         labels: (N,) int64 of the training rows, -100 where one lacks its label.
+        truth: the same of the test rows.
     """
 
     name: str
@@ -70,23 +70,31 @@ class LabelledData:
     test: Any
     told: LabelColumn
     labels: Tensor
+    truth: Tensor
 
     @classmethod
-    def read(cls, name: str, label: str | None) -> Self:
+    def read(cls, name: str, label: str | None, counts: Sequence[int] = ()) -> Self:
         """Load a data set; its label column is guessed where it is None.
 
+        Arguments:
+            counts: of labels per class, which the study will ask for.
+
         Raises:
-            ValueError, BadRow: as for :func:`mmvae.data.read_labels`.
+            ValueError, BadRow: as for :func:`mmvae.data.read_labels`, and for a count of which there are not so many.
         """
         data = splits(name)
         label = find_column(data["train"], "label", label)
-        told = LabelColumn(label, find_classes(data["train"], label), missing=True)
-        return cls(name, data["train"], data.get("test", data["validation"]), told, read_labels(data["train"], told, name))
+        told, test = LabelColumn(label, find_classes(data["train"], label), missing=True), data.get("test", data["validation"])
+        labels, truth = read_labels(data["train"], told, name), read_labels(test, told, name, every_class=False)
+        found = cls(name, data["train"], test, told, labels, truth)
+        for count in counts:
+            found.shown(count, 0)
+        return found
 
     @property
     def names(self) -> dict[str, dict]:
         """The classes' names, as a configuration wants them."""
-        return {"id2label": dict(enumerate(self.told.classes)), "label2id": {name: i for i, name in enumerate(self.told.classes)}}
+        return {"id2label": dict(enumerate(self.told.classes))}
 
     def shown(self, per_class: int, seed: int) -> list[int]:
         """Numbers of the training rows that show their label: so many of each class; of 0, all that have one."""
@@ -116,6 +124,18 @@ def one_modality(data: Any, args: RunArguments, modality: str | None, fields: di
     reading = {"max_length": args.max_length, "truncate": args.truncate}
     config, processor, (column,) = from_scratch(data, modality, fields, {}, reading=reading, text=text, name=args.dataset)
     return config, processor, column
+
+
+def classifier_of(config: Any) -> type[LatentClassifier]:
+    """The classifier of a kind of configuration.
+
+    Raises:
+        ValueError: for one of which studies have none.
+    """
+    if type(config) not in _CLASSIFIERS:
+        expected = " or ".join(kind.model_type for kind in _CLASSIFIERS)
+        raise ValueError(f"modality, vae: received {config.model_type!r}, expected {expected}: pictures or texts")
+    return _CLASSIFIERS[type(config)]
 
 
 def train_once(

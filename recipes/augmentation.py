@@ -31,6 +31,7 @@ from torchvision.transforms.v2 import functional as tv
 from mmvae import ImageVAE
 from mmvae.charts import against
 from mmvae.data import Augmentation, Column, ImageColumn, Loader, PartlyLabelled, Rows
+from mmvae.data.selection import select
 from mmvae.evaluation import binarization, model_inputs, predict
 from mmvae.experiment import parse, start
 from mmvae.hub import write_metrics
@@ -41,10 +42,10 @@ from mmvae.options import mapping
 from mmvae.pictures import grid, table
 from mmvae.processing import decode_text
 from mmvae.study import (
-    CLASSIFIERS,
     LabelledData,
     StudyRun,
     accuracy,
+    classifier_of,
     mean_and_deviation,
     one_modality,
     paired_p,
@@ -137,7 +138,7 @@ class Sample:
 
     def with_generated(self, made: list[Any], classes: Tensor, num_rows: int) -> datasets.Dataset:
         """Generated rows after the real ones, which are repeated to be at least as many, and ``num_rows`` with the generated ones."""
-        real, names = self.data.train.select(self.rows), (self.column.name, self.data.told.name)
+        real, names = select(self.data.train, self.rows), (self.column.name, self.data.told.name)
         features = datasets.Features({name: real.features[name] for name in names})
         if not isinstance(real, datasets.Dataset):  # the built-in sprites
             real = datasets.Dataset.from_dict({name: list(real[name]) for name in names}, features=features)
@@ -151,11 +152,11 @@ def draw_once(accelerator: Accelerator, args: AugmentationRun, data: LabelledDat
     """Accuracy of both classifiers and seconds of one draw of ``count`` labels per class."""
     seed, folder, began = args.seed + draw, Path(args.output_dir) / "runs" / f"{count}_{draw}", time.perf_counter()
     shown = data.shown(count, seed)
-    seen = data.train if args.unlabelled else data.train.select(shown)
+    seen = data.train if args.unlabelled else select(data.train, shown)
     options = {"kind": args.tokenizer, "vocab_size": args.vocab_size}
     config, processor, column = one_modality(seen, args, args.modality, args.vaes, **options)
     changed = replace(column, augmentation=Augmentation(**args.augmentation)) if isinstance(column, ImageColumn) else column
-    classifier_class = CLASSIFIERS[type(config)]
+    classifier_class = classifier_of(config)
 
     torch.manual_seed(seed)
     fields = {"num_classes": len(data.told.classes)} | args.generator
@@ -167,7 +168,7 @@ def draw_once(accelerator: Accelerator, args: AugmentationRun, data: LabelledDat
     classes = torch.arange(len(data.told.classes)).repeat_interleave(args.generated)
     latents = None
     if args.latents == "around":
-        latents = around(generator, data.rows(data.train.select(shown), changed), classes, seed, args.candidates, args.reach)
+        latents = around(generator, data.rows(select(data.train, shown), changed), classes, seed, args.candidates, args.reach)
     made = drawn(generator, processor, classes, latents, seed)
 
     sample, test, figures, num_rows = Sample(data, column, shown), data.rows(data.test, column), {}, 2 * len(made)
@@ -240,7 +241,7 @@ def main() -> None:
     accelerator = start(args)
     if accelerator.num_processes > 1:
         raise ValueError(f"num_processes: received {accelerator.num_processes}, expected 1")
-    began, data, found = time.perf_counter(), LabelledData.read(args.dataset, args.label), {}
+    began, data, found = time.perf_counter(), LabelledData.read(args.dataset, args.label, args.counts), {}
     for count in args.counts:
         for draw in range(args.draws):
             found[count, draw] = draw_once(accelerator, args, data, count, draw)

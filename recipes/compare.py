@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoProcessor
 
 from mmvae.charts import against
-from mmvae.data import Augmentation, Column, ImageColumn, Loader, PartlyLabelled, read_labels
+from mmvae.data import Augmentation, Column, ImageColumn, Loader, PartlyLabelled
+from mmvae.data.selection import select
 from mmvae.evaluation import binarization, predict
 from mmvae.experiment import parse, start
 from mmvae.hub import write_metrics
@@ -37,7 +38,7 @@ from mmvae.modalities import overridden, read_columns
 from mmvae.models.heads import ClassifierOutput, LatentClassifier
 from mmvae.options import mapping
 from mmvae.pictures import table
-from mmvae.study import CLASSIFIERS, LabelledData, StudyRun, mean_and_deviation, one_modality, train_classifier, train_once
+from mmvae.study import LabelledData, StudyRun, classifier_of, mean_and_deviation, one_modality, train_classifier, train_once
 
 METHODS = ("fine-tuned", "joint", "plain", "logistic")
 PLACES = ("dataset", "output_dir", "vae", "hub_token")
@@ -92,7 +93,7 @@ def trained_vae(accelerator: Accelerator, args: CompareRun, data: LabelledData) 
     """Folder of a VAE of all training rows, its configuration, the column that it reads, and seconds."""
     if args.vae:
         config, processor = AutoConfig.from_pretrained(args.vae), AutoProcessor.from_pretrained(args.vae)
-        model = CLASSIFIERS[type(config)].vae_class.from_pretrained(args.vae, config=config, dtype="float32")
+        model = classifier_of(config).vae_class.from_pretrained(args.vae, config=config, dtype="float32")
         reading = {"max_length": args.max_length, "truncate": args.truncate}
         (column,) = read_columns(model, processor, data.train, args.modality, **reading)
         return args.vae, config, column, float("nan")
@@ -102,7 +103,7 @@ def trained_vae(accelerator: Accelerator, args: CompareRun, data: LabelledData) 
     if not {"fine-tuned", "joint"} & set(args.methods):
         return str(folder), config, column, 0.0
     torch.manual_seed(args.seed)
-    model = CLASSIFIERS[type(config)].vae_class(config)
+    model = classifier_of(config).vae_class(config)
     transform = binarization(getattr(config, "binarize", "none"))
     rows = data.rows(data.train, changed(column, args))
     result = train_once(accelerator, args, model, rows, folder, transform=transform, **args.vae_run)
@@ -129,7 +130,7 @@ def network(
 ) -> dict[str, float]:
     """Figures of a classifier that is a network."""
     folder, config, column, _ = vae
-    kind, joint = CLASSIFIERS[type(config)], method == "joint"
+    kind, joint = classifier_of(config), method == "joint"
     fields = data.names | {"classifier_alpha": args.alpha if joint else None} | args.classifier
     config = overridden(config, {}, {}, **fields)
     torch.manual_seed(seed)
@@ -140,7 +141,7 @@ def network(
         binarize = binarization(getattr(config, "binarize", "none"))
         result = train_once(accelerator, args, model, rows, place, transform=binarize, **options)
     else:
-        rows = data.rows(data.train.select(data.shown(count, seed)), changed(column, args))
+        rows = data.rows(select(data.train, data.shown(count, seed)), changed(column, args))
         result = train_classifier(accelerator, args, model, rows, place, **options)
     loader = Loader(data.rows(data.test, column), 500, shuffle=False)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -164,8 +165,8 @@ def logistic(data: LabelledData, column: Column, count: int, seed: int) -> dict[
         batches = Loader(data.rows(part, column), 500, shuffle=False).batches(0)
         return torch.cat([batch["pixel_values"] for batch in batches]).flatten(1).float().numpy() / 255
 
-    shown, truth = data.shown(count, seed), read_labels(data.test, data.told, data.name, every_class=False)
-    x, test, began = read(data.train.select(shown)), read(data.test), time.perf_counter()
+    shown, truth = data.shown(count, seed), data.truth
+    x, test, began = read(select(data.train, shown)), read(data.test), time.perf_counter()
     first = [] if isinstance(column, ImageColumn) else [TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+|[^\w\s]")]
     model = make_pipeline(*first, LogisticRegression(max_iter=1000)).fit(x, data.labels[shown].numpy())
     seconds, parameters = time.perf_counter() - began, model[-1].coef_.size + model[-1].intercept_.size
@@ -193,7 +194,7 @@ def main() -> None:
     accelerator = start(args)
     if accelerator.num_processes > 1:
         raise ValueError(f"num_processes: received {accelerator.num_processes}, expected 1")
-    began, data = time.perf_counter(), LabelledData.read(args.dataset, args.label)
+    began, data = time.perf_counter(), LabelledData.read(args.dataset, args.label, args.labels_per_class)
     vae = trained_vae(accelerator, args, data)
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     for count in args.labels_per_class:
@@ -211,6 +212,7 @@ def main() -> None:
     write_metrics(
         folder, figures | ({} if args.vae else {"vae/seconds": vae[3]}), seconds=seconds, dataset=args.dataset, hyperparameters=options
     )
+    shown += "" if math.isnan(vae[3]) or not vae[3] else f"\nThe VAE of all rows took {vae[3]:.1f} s before.\n"
     (folder / "README.md").write_text(f"# {Path(data.name).name}\n\n{shown}\n![accuracy](figures/accuracy.png)\n", encoding="utf-8")
     accuracies = {
         method: {count or "all": [each["accuracy"] for each in found[method, count]] for count in args.labels_per_class}

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from recipe_runs import recipe, run
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
-from mmvae import ImageVAE, ImageVAEConfig
-from mmvae.data import ImageColumn, TextColumn
+from mmvae import MMVAE, ImageVAE, ImageVAEConfig, MMVAEConfig
+from mmvae.data import BadRow, ImageColumn, TextColumn
 from mmvae.processing import train_tokenizer
-from mmvae.study import LabelledData
+from mmvae.study import LabelledData, classifier_of
 
 TINY = ["--batch_size", "8", "--max_steps", "3", "--warmup_steps", "1", "--mixed_precision", "no"]
 WORDS = {"cold": ["ice", "snow", "winter", "frost"], "warm": ["sun", "sand", "summer", "fire"]}
@@ -142,6 +143,19 @@ def test_compare_texts_by_every_method(tmp_path):
     assert figures["vae/seconds"] > 0 and figures["all/joint/seconds"] > 0 and figures["all/plain/rows_per_second"] > 0
 
 
+@pytest.mark.parametrize(("recipe_name", "counts"), [("compare", "--labels_per_class"), ("augmentation", "--counts")])
+def test_a_study_refuses_what_it_cannot_use_before_it_trains(tmp_path, recipe_name, counts):
+    data, out = texts(tmp_path / "data"), tmp_path / "out"
+    options = ["--dataset", data, *TINY, *TEXT, f"--output_dir={out}", counts]
+    with pytest.raises(ValueError, match="received 50, expected 1 to 6: the training rows of class 'cold'"):
+        run(recipe_name, [*options, "1", "50"])
+    test = tmp_path / "data" / "test.jsonl"
+    test.write_text(test.read_text() + json.dumps({"text": "ice", "label": "hot"}) + "\n")
+    with pytest.raises(BadRow, match="test: row 12, field 'label': got 'hot', expected"):
+        run(recipe_name, [*options, "1"])
+    assert not list(out.rglob("checkpoints"))
+
+
 def test_compare_takes_a_trained_vae_and_reads_no_method_of_another_name(pictures, tmp_path):
     again = ["--dataset", pictures, *TINY, *IMAGE, "--labels_per_class", "2", "--seeds", "1", "--methods"]
     assert run("compare", [*again, "fine-tuned", f"--output_dir={tmp_path / 'first'}"])["exit"] == 0
@@ -149,5 +163,10 @@ def test_compare_takes_a_trained_vae_and_reads_no_method_of_another_name(picture
     assert run("compare", [*again, "fine-tuned", "plain", f"--vae={folder}", f"--output_dir={tmp_path / 'second'}"])["exit"] == 0
     first, second = figures_of(tmp_path / "first"), figures_of(tmp_path / "second")
     assert first["2/fine-tuned/accuracy"] == second["2/fine-tuned/accuracy"] and "vae/seconds" not in second
+    MMVAE(MMVAEConfig(modalities={"a": ImageVAEConfig(latent_dim=2), "b": ImageVAEConfig(latent_dim=2)})).save_pretrained(
+        tmp_path / "joint"
+    )
+    with pytest.raises(ValueError, match="received 'mmvae', expected image_vae or text_vae"):
+        classifier_of(AutoConfig.from_pretrained(tmp_path / "joint"))
     with pytest.raises(ValueError, match="methods: received 'svm', expected some of"):
         run("compare", [*again, "svm"])
