@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from mmvae.charts import confusions
 from mmvae.data import Augmentation, ImageColumn, LabelColumn, Rows, find_classes, find_column, read_labels, shown_labels, splits
+from mmvae.data.selection import select
 from mmvae.evaluation import binarization, evaluate_elbo, model_inputs, predict
 from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
 from mmvae.metrics import classification, confusion, per_class
@@ -52,7 +53,7 @@ class ClassifierArguments:
 
     def head(self, classes: tuple[str, ...], alpha: float | None) -> dict[str, Any]:
         """Fields of the model's configuration."""
-        names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}, "classifier_alpha": alpha}
+        names = {"id2label": dict(enumerate(classes)), "classifier_alpha": alpha}
         shape = {"features": self.features, "hidden_size": self.head_size, "dropout": self.head_dropout}
         return names | {f"classifier_{name}": value for name, value in shape.items()}
 
@@ -95,7 +96,7 @@ def build(args: ClassifierRun, made: ClassifierArguments, data: Any, classes: tu
     reading, head = {"max_length": args.max_length, "truncate": args.truncate}, made.head(classes, args.alpha if args.joint else None)
     if args.vae:
         config, processor = AutoConfig.from_pretrained(args.vae), AutoProcessor.from_pretrained(args.vae)
-        if "Classification" in (config.architectures or [""])[0] and config.label2id != head["label2id"]:
+        if "Classification" in (config.architectures or [""])[0] and config.id2label != head["id2label"]:
             raise ValueError(f"{args.vae}: id2label: has {list(config.id2label.values())}, expected those of the data, {list(classes)}")
         config = overridden(config, made.vaes, made.mmvae, **head)
     else:
@@ -103,7 +104,10 @@ def build(args: ClassifierRun, made: ClassifierArguments, data: Any, classes: tu
         options["on_bad_row"] = args.on_bad_row
         config, processor, columns = from_scratch(data, made.modalities, made.vaes, made.mmvae, **options)
         config = overridden(config, {}, {}, **head)
-    kind = next(kind for kind in LatentClassifier.__subclasses__() if isinstance(config, kind.config_class))
+    kind = next((kind for kind in LatentClassifier.__subclasses__() if isinstance(config, kind.config_class)), None)
+    if kind is None:
+        kinds = ", ".join(sorted(kind.config_class.model_type for kind in LatentClassifier.__subclasses__()))
+        raise ValueError(f"vae: received {args.vae!r}, a model of type {config.model_type}, expected one of {kinds}")
     torch.manual_seed(args.seed)
     if not args.vae:
         return kind(config), processor, columns
@@ -123,7 +127,7 @@ def main() -> None:
     if args.labels_per_class:
         shown = shown_labels(labels["train"], args.labels_per_class, told.classes, args.seed)
         if not args.joint:
-            data["train"], shown = data["train"].select(shown.nonzero().flatten().tolist()), shown[shown]
+            data["train"], shown = select(data["train"], shown.nonzero().flatten().tolist()), shown[shown]
     model, processor, columns = build(args, made, data["train"], told.classes)
     changed = [replace(column, augmentation=made.augmentation) if isinstance(column, ImageColumn) else column for column in columns]
     read = {split: [*(changed if split == "train" else columns), told] for split in data}

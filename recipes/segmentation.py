@@ -85,7 +85,7 @@ def build(args: SegmentationRun, masks: SegmentationArguments) -> ImageVAEForSem
         raise ValueError(f"head_only: received True with joint={args.joint}, vae={masks.vae}, expected a trained VAE, and not jointly")
     args.joint = args.joint or not masks.vae
     names = masks.class_names or [f"class {value}" for value in masks.mask_values]
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    labels = {"id2label": dict(enumerate(names))}
     torch.manual_seed(args.seed)
     if masks.vae:
         saved = ImageVAEConfig.from_pretrained(masks.vae)

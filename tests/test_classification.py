@@ -12,7 +12,15 @@ from recipe_runs import end, run
 from safetensors.torch import load_file
 from transformers import pipeline
 
-from mmvae import ImageVAE, ImageVAEConfig, ImageVAEImageProcessor, MMVAEForClassification, TextVAEConfig, TextVAEForSequenceClassification
+from mmvae import (
+    ImageVAE,
+    ImageVAEConfig,
+    ImageVAEImageProcessor,
+    MMVAEForClassification,
+    StackedVAE,
+    TextVAEConfig,
+    TextVAEForSequenceClassification,
+)
 from mmvae.charts import confusions
 from mmvae.data import BadRow, LabelColumn, find_classes, load_rows, read_labels, shown_labels
 from mmvae.metrics import classification, confusion, per_class
@@ -202,11 +210,18 @@ def test_a_vae_that_does_not_fit_says_which_field_differs(options, message, pict
 
 
 def test_a_classifier_of_other_classes_is_refused(texts, tmp_path):
-    config = TextVAEConfig(vocab_size=20, hidden_size=8, embedding_size=8, id2label={0: "warm", 1: "cold"}, label2id={"warm": 0, "cold": 1})
+    config = TextVAEConfig(vocab_size=20, hidden_size=8, embedding_size=8, id2label={0: "warm", 1: "cold"})
     TextVAEForSequenceClassification(config).save_pretrained(tmp_path)
     train_tokenizer(["ice snow"]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"id2label: has \['warm', 'cold'\], expected those of the data, \['cold', 'warm'\]"):
         run("classification", ["--dataset", texts, *TINY, "--vae", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+
+
+def test_a_model_that_has_no_head_for_classes_is_named(pictures, vae, tmp_path):
+    StackedVAE.over(ImageVAE.from_pretrained(vae), num_classes=2, latent_dim=2).save_pretrained(tmp_path)
+    ImageVAEImageProcessor.from_pretrained(vae).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a model of type stacked_vae, expected one of image_vae, mmvae, text_vae, topic_vae"):
+        run("classification", ["--dataset", pictures, *TINY, "--vae", str(tmp_path), "--output_dir", str(tmp_path / "out")])
 
 
 # ---- labels and figures

@@ -296,6 +296,15 @@ def test_labels_that_are_none_are_named(kind, labels, message):
         model(**inputs_of(model), labels=labels)
 
 
+def test_names_of_classes_are_told_once(tmp_path):
+    names = {0: "cat", 1: "dog", 2: "owl"}
+    ImageVAE(image_config()).save_pretrained(tmp_path)
+    for config in (image_config(id2label=names), ImageVAEForImageClassification.from_pretrained(tmp_path, id2label=names).config):
+        assert config.id2label == names and config.label2id == {"cat": 0, "dog": 1, "owl": 2}
+    config.save_pretrained(tmp_path)
+    assert ImageVAEConfig.from_pretrained(tmp_path).label2id == {"cat": 0, "dog": 1, "owl": 2}
+
+
 def test_one_class_and_misspelt_arguments_are_refused():
     with pytest.raises(ValueError, match=r"num_labels: received 1, expected at least 2 classes"):
         ImageVAEForImageClassification(image_config(num_labels=1))

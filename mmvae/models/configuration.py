@@ -101,6 +101,13 @@ class VAEConfig(PreTrainedConfig):
         check_inherited(type(self).__name__, {"dtype": self.dtype, "id2label": self.id2label} | kwargs)
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; ``label2id`` is always what ``id2label`` says, however that came to be."""
+        super().__setattr__(name, value)
+        labels = self.__dict__.get("id2label")
+        if name in ("id2label", "label2id") and isinstance(labels, dict):
+            super().__setattr__("label2id", {label: number for number, label in labels.items() if isinstance(label, str)})
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """A configuration from what a file holds; see ``PreTrainedConfig.from_dict``.
