@@ -154,6 +154,10 @@ class Pose(nn.Module):
         shift = centre_of(*mass) if self.shifts else pixels.new_zeros(len(pixels), 2)
         return shift, heading_of(*mass, shift)
 
+    def upright(self, pixels: Tensor) -> Tensor:
+        """The object of pictures (B, C, H, W) in a frame that turns and moves with it, as the content is inferred from it."""
+        return self.cut(pixels.float(), *self.locate(pixels.float()))
+
     def cut(self, pixels: Tensor, shift: Tensor, angle: Tensor) -> Tensor:
         """The canonical windows (B, C, h, w) of pictures (B, C, H, W) that have this pose."""
         places = grid(-angle, torch.zeros_like(shift), self.window_size, 1 / self.window) + shift.view(-1, 1, 1, 2)

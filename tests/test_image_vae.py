@@ -315,8 +315,20 @@ def test_angles_are_learned_without_labels():
     assert error.abs().mean() < math.radians(8)
 
 
+def test_features_of_a_pose_are_what_the_content_is_read_off():
+    model, pixels = posed(pose="rotation+shift", latent_dim=6).eval(), torch.rand(2, 1, 24, 24)
+    moments = model.to_moments(model.features(pixels))
+    torch.testing.assert_close(moments[:, :2], model.encode(pixels).mean[:, :2])
+
+
 @pytest.mark.parametrize(
-    ("options", "field"), [({"latent_dim": 2}, "latent_dim"), ({"norm": "batch"}, "norm"), ({"spatial_latent": True}, "spatial_latent")]
+    ("options", "field"),
+    [
+        ({"latent_dim": 2}, "latent_dim"),
+        ({"norm": "batch"}, "norm"),
+        ({"spatial_latent": True}, "spatial_latent"),
+        ({"image_size": [24, 16]}, "image_size"),
+    ],
 )
 def test_what_no_pose_can_have_is_refused(options, field):
     with pytest.raises(StrictDataclassError, match=rf"ImageVAEConfig.{field}: received .* with a pose, expected"):

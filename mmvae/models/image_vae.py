@@ -147,6 +147,7 @@ class ImageVAEConfig(ClassVAEConfig):
             raise ValueError(f"ImageVAEConfig.binarize: received {self.binarize!r}, expected 'none' with likelihood 'discretized_logistic'")
         if self.pose != "none":
             for name, wrong, expected in (
+                ("image_size", len(set(self.height_width)) > 1, "a square: a turn would change shapes"),
                 ("latent_dim", self.latent_dim <= POSES[self.pose], f"more than the {POSES[self.pose]} of the pose"),
                 ("spatial_latent", self.spatial_latent, "False"),
                 ("norm", self.norm == "batch", "'group' or 'none': the angle is found by drawing"),
@@ -268,8 +269,8 @@ class ImageVAE(ClassVAE, TiledModel):
         return kind(torch.cat([loc, self.pose.latent(angle, shift)], 1), logvar)
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """What the trunk makes of pixels (B, C, H, W), as a vector (B, F)."""
-        return self._trunk(self._seen(pixel_values))
+        """What the trunk makes of pixels (B, C, H, W), as a vector (B, F); with a pose, of the object in its own frame."""
+        return self._trunk(self.pose.upright(self._seen(pixel_values)) if self.pose else self._seen(pixel_values))
 
     def _trunk(self, pixels: Tensor) -> Tensor:
         """What the posterior is read off: (B, F), or (B, F, h, w) with a spatial latent."""
@@ -277,8 +278,7 @@ class ImageVAE(ClassVAE, TiledModel):
         height, width = x.shape[-2:]
         if height % stride or width % stride:
             x = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
-        h = self.encoder(x)
-        return h if self.config.spatial_latent else h.flatten(1)
+        return self.encoder(x) if self.config.spatial_latent else self.encoder(x).flatten(1)
 
     def _canonical(self, content: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Object (B, C, h, w), logits of its mask (B, 1, h, w) and background (B, C) of contents (B, D)."""
