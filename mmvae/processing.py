@@ -132,6 +132,12 @@ class _Pixels:
             raise ValueError(f"resample: got {resample!r}, expected bilinear, which the models are trained with")
         return resize(pixels, (size.height, size.width), resize_mode, tuple(background))
 
+    def post_process_semantic_segmentation(self, outputs: Any, target_sizes: Any = None) -> list[Tensor]:
+        """Masks (H, W) int64 of a model's logits, at the pictures' own sizes: see ``mmvae.data.masks.at_sizes``."""
+        from mmvae.data.masks import at_sizes
+
+        return at_sizes(outputs.logits.argmax(1), target_sizes, self.resize_mode)
+
     def rescale(self, image: Any, scale: float, **_: Any) -> Any:
         """Divide, as the models do with 8-bit pixels: a product with 1/255 differs in the last bit."""
         return (image.float() if isinstance(image, Tensor) else image.astype(np.float32)) / (1 / scale)
@@ -211,10 +217,8 @@ def _train_words(texts: Iterable[str], tokenizer: Tokenizer, vocab_size: int, mi
 def _train_bpe(texts: Iterable[str], tokenizer: Tokenizer, vocab_size: int, min_frequency: int) -> None:
     """Fill a byte-level BPE tokenizer; every text can be written in it, so nothing is unknown."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + len(SPECIAL_TOKENS):
-        raise ValueError(
-            f"vocab_size: got {vocab_size}, expected at least {len(alphabet) + len(SPECIAL_TOKENS)} for kind='bpe' (all bytes)"
-        )
+    if vocab_size < (least := len(alphabet) + len(SPECIAL_TOKENS)):
+        raise ValueError(f"vocab_size: got {vocab_size}, expected at least {least} for kind='bpe' (all bytes)")
     seen = 0
 
     def counted() -> Iterator[str]:
@@ -268,10 +272,8 @@ def train_tokenizer(
     """
     if kind not in ("whitespace", "bpe"):
         raise ValueError(f"kind: got {kind!r}, expected 'whitespace' or 'bpe'")
-    if vocab_size < len(SPECIAL_TOKENS) + 2:
-        raise ValueError(
-            f"vocab_size: got {vocab_size}, expected at least {len(SPECIAL_TOKENS) + 2} ({len(SPECIAL_TOKENS)} are special tokens)"
-        )
+    if vocab_size < (least := len(SPECIAL_TOKENS) + 2):
+        raise ValueError(f"vocab_size: got {vocab_size}, expected at least {least} ({len(SPECIAL_TOKENS)} are special tokens)")
     words = kind == "whitespace"
     tokenizer = Tokenizer(models.WordLevel({}, unk_token=SPECIAL_TOKENS["unk_token"]) if words else models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])])
@@ -322,8 +324,7 @@ def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase
         tokenizer.add_special_tokens(missing)
     tokenizer.padding_side = "right"
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
-    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids = tokenizer("a").input_ids
+    ends, ids = (tokenizer.bos_token_id, tokenizer.eos_token_id), tokenizer("a").input_ids
     if (ids[0], ids[-1]) != ends or len(ids) < 3:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ValueError(f"tokenizer {name_or_path}: 'a' is encoded as {ids}, expected {ends[0]} (BOS) ... {ends[1]} (EOS)")
@@ -341,8 +342,7 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
     Returns:
         B sentences.
     """
-    hidden = {tokenizer.bos_token_id, tokenizer.pad_token_id}
-    sentences = []
+    hidden, sentences = {tokenizer.bos_token_id, tokenizer.pad_token_id}, []
     for row in ids.tolist():
         row = row[1:] if row and row[0] == tokenizer.bos_token_id else row  # BOS and EOS can be one token, as in GPT-2
         row = row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row

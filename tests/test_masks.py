@@ -9,7 +9,7 @@ from datasets import Array2D, Dataset, Features, Image
 from PIL import Image as Pillow
 
 from mmvae.data import Augmentation, BadRow, ImageColumn, MaskColumn, Rows, on_random_colours, sprites
-from mmvae.data.masks import numbers_of
+from mmvae.data.masks import at_sizes, numbers_of
 from mmvae.metrics import overlaps
 from mmvae.pictures import overlaid
 
@@ -20,6 +20,22 @@ def encoded(image, kind="PNG"):
     file = io.BytesIO()
     image.save(file, kind)
     return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "expected"),
+    [
+        ("crop", (2, 4), [[0, 1, 1, 0], [0, 0, 0, 0]]),
+        ("pad", (2, 4), [[1, 1, 1, 1], [0, 0, 0, 0]]),
+        ("stretch", (2, 4), [[1, 1, 1, 1], [0, 0, 0, 0]]),
+        ("crop", (4, 4), [[1, 1, 1, 1]] * 2 + [[0, 0, 0, 0]] * 2),
+        ("stretch", (4, 1), [[1], [1], [0], [0]]),
+    ],
+)
+def test_masks_come_back_to_the_pictures_own_sizes(mode, size, expected):
+    mask = torch.tensor([[[1, 1], [0, 0]]])
+    assert at_sizes(mask, [size], mode)[0].tolist() == expected
+    assert at_sizes(mask, None, mode)[0].equal(mask[0])
 
 
 def test_every_kind_of_mask_gives_its_numbers():

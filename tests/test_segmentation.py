@@ -11,9 +11,9 @@ from PIL import Image as Pillow
 from recipe_runs import run
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForSemanticSegmentation, AutoProcessor
+from transformers import AutoModel, AutoModelForSemanticSegmentation, AutoProcessor, pipeline
 
-from mmvae import ImageVAE, ImageVAEConfig, ImageVAEForImageClassification, ImageVAEForSemanticSegmentation
+from mmvae import ImageVAE, ImageVAEConfig, ImageVAEForImageClassification, ImageVAEForSemanticSegmentation, ImageVAEImageProcessor
 from mmvae.pose import POSES
 
 KEY = torch.arange(3)
@@ -46,6 +46,27 @@ def test_the_loss_is_the_cross_entropy_and_jointly_also_the_bound(options):
     torch.testing.assert_close(model(pixels, **given).logits, out.logits)
     joint.loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*not supported for image-segmentation")
+def test_the_pipeline_draws_masks_at_the_pictures_size(tmp_path):
+    model = build(id2label={0: "ground", 1: "cat", 2: "dog"}).eval()
+    model.save_pretrained(tmp_path)
+    processor = ImageVAEImageProcessor(size={"height": 16, "width": 16})
+    processor.save_pretrained(tmp_path)
+    picture = Pillow.effect_mandelbrot((16, 16), (-2, -1.5, 1, 1.5), 20).convert("RGB")
+    with torch.no_grad():
+        mask = model(**processor(picture, return_tensors="pt")).logits.argmax(1)[0]
+    told = pipeline("image-segmentation", model=str(tmp_path), device="cpu")(picture.resize((48, 32), Pillow.Resampling.NEAREST))
+    assert {each["label"] for each in told} <= set(model.config.id2label.values()) and {each["mask"].size for each in told} == {(48, 32)}
+    same = {each["label"]: np.asarray(each["mask"]) > 0 for each in pipeline("image-segmentation", model=str(tmp_path))(picture)}
+    for number, name in model.config.id2label.items():
+        assert np.array_equal(same.get(name, np.zeros((16, 16), bool)), mask.numpy() == number)
+
+
+def test_a_mask_has_two_classes():
+    with pytest.raises(ValueError, match="num_labels: received 1, expected at least 2"):
+        build(num_labels=1)
 
 
 def test_evaluation_uses_the_mean_and_training_samples():

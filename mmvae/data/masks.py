@@ -103,6 +103,31 @@ def numbers_of(value: Any) -> np.ndarray:
     return array.astype(np.uint8)
 
 
+def at_sizes(masks: Tensor, sizes: Sequence[tuple[int, int]] | None, mode: str) -> list[Tensor]:
+    """Masks at the sizes that the pictures had before :func:`mmvae.data.images.resize`; what it cut off is background.
+
+    Arguments:
+        masks: (B, H, W).
+        sizes: height and width of every picture; None: those of the masks.
+        mode: "crop", "pad" or "stretch".
+
+    Returns:
+        (height, width) for each.
+    """
+    found = []
+    for mask, size in zip(masks, sizes or [masks.shape[1:]] * len(masks), strict=True):
+        scales = [own / side for own, side in zip(mask.shape, size, strict=True)]
+        if mode != "stretch":
+            scales = [(max if mode == "crop" else min)(scales)] * 2
+        for axis, (side, scale) in enumerate(zip(size, scales, strict=True)):
+            own = mask.shape[axis]
+            place = ((torch.arange(side, device=mask.device) + 0.5 - side / 2) * scale + own / 2).floor().long()
+            here = ((place >= 0) & (place < own)).view(-1, *[1] * (1 - axis))
+            mask = mask.index_select(axis, place.clamp(0, own - 1)) * here
+        found.append(mask)
+    return found
+
+
 def on_random_colours(batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
     r"""Lay transparent pictures on plain random colours: the mask is what was at least half opaque.
 

@@ -78,6 +78,8 @@ class ImageVAEForSemanticSegmentation(HeadedVAE):
         super().__init__(config)
         if config.num_classes:
             raise ValueError(f"ImageVAEConfig.num_classes: received {config.num_classes} with a head for masks, expected 0")
+        if config.num_labels < 2:
+            raise ValueError(f"ImageVAEConfig.num_labels: received {config.num_labels}, expected at least 2: background, and what is there")
         self.image_vae = ImageVAE(config)
         width = config.trunk_channels[0]
         self.mask_head = nn.Sequential(
