@@ -66,6 +66,8 @@ def evaluate(accelerator: Accelerator, name: str, data: dict[str, Any], args: An
     """The record of one model."""
     began = time.perf_counter()
     model = AutoModel.from_pretrained(name, dtype="float32").to(accelerator.device).eval()
+    if not isinstance(model, ImageVAE):
+        raise ValueError(f"model: received {name!r}, a {type(model).__name__}, expected an ImageVAE")
     processor, transform = AutoProcessor.from_pretrained(name), binarization(model.config.binarize)
     options = {"background": tuple(processor.background), "resize": processor.resize_mode}
     column = ImageColumn(find_column(data["test"], "image"), model.config.height_width, model.config.num_channels, **options)

@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Image
 from PIL import Image as Pillow
 from recipe_runs import recipe, run
 
-from mmvae import ImageVAE, ImageVAEConfig
+from mmvae import ImageVAE, ImageVAEConfig, TextVAE, TextVAEConfig
 from mmvae.angles import angle_told, angular_error, circular_correlation, fitted_offset, wrapped
 from mmvae.data import load_rows, splits
 from mmvae.data.turned import add_turns, angles
@@ -150,6 +150,12 @@ def test_the_recipe_measures_a_folder(pose, tmp_path, capsys):
         assert f"{shape}: R2 of the angle in the content, mlp" in figures
         error = figures.get(f"{shape}: mean absolute error, degrees")
         assert (error is None) == (pose == "none") and (error or 0) <= chance
+
+
+def test_a_model_of_no_pictures_is_named(tmp_path):
+    TextVAE(TextVAEConfig(vocab_size=9, embedding_size=2, hidden_size=2, latent_dim=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="received .*, a TextVAE, expected an ImageVAE"):
+        run("angle", ["--model", str(tmp_path), "--dataset", "sprites:3:60"])
 
 
 def test_data_without_an_angle_is_named(tmp_path):

@@ -311,6 +311,8 @@ def test_wrong_labels_are_named(made, labels, message):
         ([0, 1, 3], "class_labels: received 3 in row 2, expected 0 to 2$"),
         ([0, -100, 1], "class_labels: received -100 in row 1, expected 0 to 2$"),
         ([0.5, 1.0, 2.0], "class_labels: received torch.float32, expected whole numbers"),
+        (["cat", "dog", "cat"], r"class_labels: received \['cat', 'dog', 'cat'\], expected whole numbers, 0 to 2"),
+        ([0, None, 1], r"class_labels: received \[0, None, 1\], expected whole numbers, 0 to 2"),
     ],
 )
 def test_classes_that_there_are_not_are_named(made, labels, message):
@@ -318,6 +320,8 @@ def test_classes_that_there_are_not_are_named(made, labels, message):
     for call in (model.generate, lambda class_labels: model.sample(3, class_labels=class_labels)):
         with pytest.raises(ValueError, match=message):
             call(class_labels=labels)
+    with pytest.raises(ValueError, match=r"class_labels: received 1, expected one class for every row, such as \[1\]"):
+        model.generate(class_labels=1)
     with pytest.raises(ValueError, match="class_labels: received None for a .*VAE with 3 classes, expected the class of every row"):
         model.render(torch.zeros(2, 2).double())
     with pytest.raises(ValueError, match=r"class_labels: received shape \(3,\), expected \(2,\)"):

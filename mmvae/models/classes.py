@@ -91,7 +91,10 @@ def checked_labels(name: str, labels: Any, shape: Sequence[int], num_classes: in
         ValueError: for labels that are no whole numbers, of another shape, or of a class that there is not; the last only in the host's
             memory: on an accelerator the comparison would wait for the device.
     """
-    labels = torch.as_tensor(labels)
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:  # names, None, lists of different lengths
+        raise ValueError(f"{name}: received {labels!r:.80}, expected whole numbers, 0 to {num_classes - 1}") from error
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"{name}: received {labels.dtype}, expected whole numbers")
     if labels.dim() > len(shape) or any(size not in (1, of) for size, of in zip(reversed(labels.shape), reversed(shape), strict=False)):
@@ -272,6 +275,8 @@ class ClassVAE(VAEModel):
         """One latent from p(z) for every class that is asked for."""
         if class_labels is None:
             raise ValueError("generate: received neither class_labels nor latents, expected one of them")
+        if isinstance(class_labels, int) or getattr(class_labels, "ndim", 1) != 1:
+            raise ValueError(f"class_labels: received {class_labels!r}, expected one class for every row, such as [{class_labels}]")
         return self.sample_prior(len(class_labels), generator)
 
     @torch.no_grad()
