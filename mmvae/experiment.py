@@ -230,8 +230,9 @@ def train(
     result = fit(
         accelerator, step, loaders["train"], state=state, folder=Path(args.output_dir) / "checkpoints", max_steps=steps,
         evaluate=validate, eval_every=args.eval_every, monitor=None if args.monitor == "last" else args.monitor,
-        patience=args.patience, log_every=args.log_every, save_every=args.save_every, keep=args.keep, resume=args.resume, seed=args.seed,
-        allow_changes=args.allow_changes, info={"config": json.loads(model.config.to_json_string()), "options": options},
+        patience=args.patience, patience_from=phases[-1].start, log_every=args.log_every, save_every=args.save_every, keep=args.keep,
+        resume=args.resume, seed=args.seed, allow_changes=args.allow_changes,
+        info={"config": json.loads(model.config.to_json_string()), "options": options},
     )  # fmt: skip
     load_weights(prepared, result.checkpoint)
     unwrap(prepared).eval()

@@ -66,6 +66,7 @@ class Run:
     max_steps: int | None
     num_epochs: int | None
     patience: int | None
+    patience_from: int
     evaluate: Callable[[], Mapping[str, float]] | None
     eval_every: int | None
     monitor: str | None
@@ -246,7 +247,7 @@ class Run:
             raise ValueError(f"monitor={self.monitor!r}: evaluate() gave {sorted(figures)}")
         value, best = figures[self.monitor], at.best_value
         improved = math.isfinite(value) and (best is None or (value < best if self.lower_is_better else value > best))
-        at.stale = 0 if improved else at.stale + 1
+        at.stale = 0 if improved or at.step < self.patience_from else at.stale + 1
         if improved:
             at.best_step, at.best_value = at.step, value
         return improved

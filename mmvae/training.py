@@ -125,6 +125,7 @@ def fit(
     monitor: str | None = "nll",
     lower_is_better: bool = True,
     patience: int | None = None,
+    patience_from: int = 0,
     log_every: int = 50,
     save_every: int = 1000,
     keep: int = 2,
@@ -154,6 +155,7 @@ def fit(
         monitor: figure of ``evaluate`` that decides which checkpoint is the best; None: none is.
         lower_is_better: whether less of it is better.
         patience: evaluations in a row without improvement after which training stops.
+        patience_from: step from which such evaluations count: the beginning of the last phase of several.
         log_every: steps over which logged values are averaged.
         save_every: steps between checkpoints; improvements and the end are saved too.
         keep: checkpoints to keep besides the best.
@@ -190,7 +192,8 @@ def fit(
     info = json.loads(json.dumps(dict(info or {}) | {"data": loader.fingerprint, "seed": seed}))
     run = Run(
         accelerator, state, Path(folder), info, seed,
-        max_steps, num_epochs, patience, evaluate, eval_every, monitor, lower_is_better, log_every, save_every, keep, max_skipped, on_log,
+        max_steps, num_epochs, patience, patience_from, evaluate, eval_every, monitor, lower_is_better, log_every, save_every, keep,
+        max_skipped, on_log,
     )  # fmt: skip
     with locked(run.folder) if accelerator.is_main_process else contextlib.nullcontext() as refusal, Signals() as signals:
         if run.agree(refusal is not None):

@@ -260,6 +260,13 @@ def test_patience_and_the_best_checkpoint(tmp_path, lower, figures, best, end):
     assert again.step == end, "early stopping holds after a resume"
 
 
+def test_patience_begins_with_the_last_phase(tmp_path):
+    options = {"monitor": "score", "eval_every": 2, "patience": 2, "patience_from": 9}
+    given = iter(range(50))
+    result, _ = run(tmp_path, evaluate=lambda: {"score": next(given)}, max_steps=50, num_epochs=None, **options)
+    assert (result.best_step, result.step) == (2, 12), "validations after steps 10 and 12 count"
+
+
 def test_the_best_weights_are_the_averaged_ones_of_the_best_step(tmp_path):
     accelerator, step, loader, arguments = make()
     weights = {}
