@@ -27,7 +27,9 @@ def right_padded(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return rows.take_along_dim(order.view(*order.shape, *[1] * (rows.dim() - 2)), 1), real.gather(1, order)
 
 
-def sentences(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int, ends: Sequence[int]) -> tuple[Tensor, Tensor]:
+def sentences(
+    input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int, ends: Sequence[int], vocab_size: int
+) -> tuple[Tensor, Tensor]:
     """Ids (B, T) with their padding moved to the right, and where they are real, (B, T) bool.
 
     Arguments:
@@ -35,12 +37,18 @@ def sentences(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: in
         attention_mask: (B, T), not 0 where they are real; made from ``pad_token_id`` when None.
         pad_token_id: of padding.
         ends: ids of BOS and EOS.
+        vocab_size: the ids are below.
 
     Raises:
         TypeError: for ids or a mask that are not tensors.
-        ValueError: for ids of another shape than (B, T), a mask of another shape than theirs, or none where padding is BOS or EOS.
+        ValueError: for ids of another shape than (B, T), a mask of another shape than theirs, or none where padding is BOS or EOS; in the
+            host's memory also for an id that there is not.
     """
     check_ids(input_ids)
+    if input_ids.is_cpu and not torch.compiler.is_compiling() and ((input_ids < 0) | (input_ids >= vocab_size)).any():
+        row, place = ((input_ids < 0) | (input_ids >= vocab_size)).nonzero()[0].tolist()
+        expected = f"0 to {vocab_size - 1}: is the tokenizer the model's?"
+        raise ValueError(f"input_ids: received {int(input_ids[row, place])} in row {row}, expected {expected}")
     shape = tuple(input_ids.shape)
     if attention_mask is None:
         if pad_token_id in ends:

@@ -235,11 +235,45 @@ def test_generation_names_what_is_wrong():
     model = make()
     with pytest.raises(ValueError, match=r"latents: received shape \(2, 4\), expected 3 at dimension -1"):
         model.generate(latents=torch.zeros(2, 4))
+    for latents, received in ((torch.zeros(3), r"shape \(3,\)"), (torch.zeros(0, 3), r"shape \(0, 3\)"), ([[0.0, 0.0, 0.0]], "a list")):
+        with pytest.raises(ValueError, match=rf"latents: received {received}, expected \(rows, 3\), at least one row"):
+            model.generate(latents=latents)
     for given in ({}, {"latents": torch.zeros(1, 3), "input_ids": torch.ones(1, 1, dtype=torch.long)}):
         with pytest.raises(ValueError, match="generate: received (neither|both) latents and input_ids, expected one"):
             model.generate(**given)
     with pytest.raises(ValueError, match="input_ids: received shape None"):
         model(latents=torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 0}, "num_beams: received 0, expected a whole number from 1 on"),
+        (
+            {"num_beams": 4, "top_p": 0.5},
+            "top_p: received 0.5 for a beam search, which draws nothing: expected do_sample=True, or no top_p",
+        ),
+        ({"temperature": 0.7}, "temperature: received 0.7 for a greedy search, which draws nothing"),
+        ({"temperature": 0}, "temperature: received 0, expected more than 0"),
+        ({"temperature": -1.0, "do_sample": True}, "temperature: received -1.0, expected more than 0"),
+        ({"temperature": math.nan, "do_sample": True}, "temperature: received nan, expected more than 0"),
+        ({"top_p": 2.0, "do_sample": True}, r"top_p: received 2.0, expected in \(0, 1\]"),
+        ({"top_k": -1, "do_sample": True}, r"top_k: received -1, expected 0 \(all\) or more"),
+    ],
+)
+def test_options_that_a_strategy_cannot_use_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make().generate(latents=torch.zeros(2, 3), **options)
+
+
+@pytest.mark.parametrize(("token", "row"), [(77, 1), (-5, 0)])
+def test_tokens_that_there_are_not_are_named(token, row):
+    model, ids = make(), torch.tensor([[BOS, 5, EOS], [BOS, 5, EOS]])
+    ids[row, 1] = token
+    mask = torch.ones_like(ids)
+    for call in (model.encode, model, model.generate):
+        with pytest.raises(ValueError, match=rf"input_ids: received {token} in row {row}, expected 0 to \d+: is the tokenizer the model's"):
+            call(input_ids=ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize("hidden_size", [6, 8])
@@ -276,7 +310,7 @@ def test_resizing_the_vocabulary(options):
     assert model(**batch([BOS, 24, EOS])).loss.isfinite()
     model.resize_token_embeddings(15)
     assert model(**inputs).loss.isfinite()
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="input_ids: received 24 in row 0, expected 0 to 14"):
         model(**batch([BOS, 24, EOS]))
 
 

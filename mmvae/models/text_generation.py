@@ -1,6 +1,7 @@
 """What a text VAE writes: sentences of latents or of classes, and reconstructions, by transformers' generation."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,39 @@ _BY_ROW = (
     logits_process.NoBadWordsLogitsProcessor,
     logits_process.SuppressTokensLogitsProcessor,
 )
+
+
+_OF_SAMPLING = {  # what each must be
+    "temperature": ("more than 0", lambda value: 0 < value < math.inf),
+    "top_k": ("0 (all) or more", lambda value: value >= 0),
+    "top_p": ("in (0, 1]", lambda value: 0 < value <= 1),
+    "min_p": ("in [0, 1]", lambda value: 0 <= value <= 1),
+    "typical_p": ("in (0, 1]", lambda value: 0 < value <= 1),
+}
+
+
+def check_strategy(options: Mapping[str, Any], defaults: GenerationConfig) -> None:
+    """Refuse options of ``generate`` that are out of range, or that the strategy would not use.
+
+    Arguments:
+        options: that were given.
+        defaults: what holds where they say nothing; options in a ``generation_config`` are transformers' to check.
+
+    Raises:
+        ValueError: naming the option, its value and what was expected.
+    """
+    config = options.get("generation_config") or defaults
+    beams = options.get("num_beams")
+    if beams is not None and (not isinstance(beams, int) or beams < 1):
+        raise ValueError(f"num_beams: received {beams!r}, expected a whole number from 1 on")
+    samples = options.get("do_sample", config.do_sample)
+    for name, (expected, fits) in _OF_SAMPLING.items():
+        value = options.get(name)
+        if value is not None and not fits(value):
+            raise ValueError(f"{name}: received {value!r}, expected {expected}")
+        if value is not None and not samples:
+            how = "beam search" if (beams or config.num_beams or 1) > 1 else "greedy search"
+            raise ValueError(f"{name}: received {value!r} for a {how}, which draws nothing: expected do_sample=True, or no {name}")
 
 
 class TextGeneration(ClassVAE, GenerationMixin):
@@ -90,7 +124,11 @@ class TextGeneration(ClassVAE, GenerationMixin):
             given["source"] = source
             return self.reconstruct(**{name: value for name, value in given.items() if value is not None}, **options)
         latents = self._latents_for(class_labels, generator) if latents is None else latents
+        if not isinstance(latents, Tensor) or latents.dim() != 2 or not len(latents):
+            received = f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else f"a {type(latents).__name__}"
+            raise ValueError(f"latents: received {received}, expected (rows, {self.config.latent_dim}), at least one row")
         self.check_latents(latents)
+        check_strategy(options, self.generation_config)
         if source is not None:
             self.check_source(source, len(latents))
             options["source"] = source

@@ -346,5 +346,5 @@ class TextVAE(TextGeneration, ClassVAE):
         return self.bound(inputs, beta, num_samples, objective, noise_key, sample_posterior, output_hidden_states)
 
     def _sentences(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        config = self.config
-        return sentences(input_ids, attention_mask, config.pad_token_id, (config.bos_token_id, config.eos_token_id))
+        own = self.config
+        return sentences(input_ids, attention_mask, own.pad_token_id, (own.bos_token_id, own.eos_token_id), own.vocab_size)
