@@ -75,6 +75,8 @@ class TopicVAEVectorizer(FeatureExtractionMixin):
         try:
             vocabulary = vectorizer.fit(texts).get_feature_names_out().tolist()
         except ValueError as error:
+            if type(error).__module__.startswith("mmvae."):  # a row that is named
+                raise
             raise ValueError(f"texts: no vocabulary with the options {options}: {error}") from None
         if len(vocabulary) < 2:
             raise ValueError(f"texts: {vocabulary} is left by the options {options}, expected at least 2 words")

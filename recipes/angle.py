@@ -71,7 +71,7 @@ def evaluate(accelerator: Accelerator, name: str, data: dict[str, Any], args: An
     processor, transform = AutoProcessor.from_pretrained(name), binarization(model.config.binarize)
     options = {"background": tuple(processor.background), "resize": processor.resize_mode}
     column = ImageColumn(find_column(data["test"], "image"), model.config.height_width, model.config.num_channels, **options)
-    rows = {split: Rows(part, column, name=f"{args.dataset}, {split}") for split, part in data.items()}
+    rows = {split: Rows(part, column, name=args.dataset) for split, part in data.items()}
     mean = {split: latents(model, part, transform, args.batch_size) for split, part in rows.items()}
     true = {split: torch.tensor(part["angle"][:]) for split, part in data.items()}
     figures: dict[str, float] = {}

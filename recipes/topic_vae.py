@@ -9,6 +9,7 @@ window, and of the 10 words that tell a topic; diversity of 25 (mmvae/topics.py)
 Results: see the config.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,12 @@ def main() -> None:
     if topic.prior != "dirichlet":  # whose KL has dimensions too
         args.suit_prior(topic.prior, topic.latent_dim)
     accelerator = start(args)
-    data = splits(args.dataset)
+    data, bad = splits(args.dataset, on_bad_row=args.on_bad_row), {"on_bad_row": args.on_bad_row}
     column = find_column(data["train"], "text", topic.text_column)
-    vectorizer = TopicVAEVectorizer.fit(texts_of(data["train"], column, args.dataset), **topic.vectorizer)
-    rows = {split: Rows(part, WordCountColumn(column, vectorizer), name=f"{args.dataset}, {split}") for split, part in data.items()}
+    vectorizer = TopicVAEVectorizer.fit(texts_of(data["train"], column, args.dataset, **bad), **topic.vectorizer)
+    rows = {split: Rows(part, WordCountColumn(column, vectorizer), name=args.dataset, **bad) for split, part in data.items()}
     loaders = make_loaders(accelerator, args, rows)
-    documents = vectorizer.counts(texts_of(data["train"], column, args.dataset))
+    documents = vectorizer.counts(texts_of(data["train"], column, args.dataset, **bad))
 
     torch.manual_seed(args.seed)
     model = TopicVAE(TopicVAEConfig(vocabulary=vectorizer.vocabulary, **{name: getattr(topic, name) for name in MODEL}))
@@ -91,7 +92,7 @@ def main() -> None:
         return figures | (lda_quality(documents, topic.latent_dim, args.seed) if topic.compare_lda else {})
 
     def draw(model: TopicVAE, figures: Path) -> dict[str, str]:
-        texts = data["validation"][:8][column]
+        texts = list(itertools.islice(texts_of(data["validation"], column, args.dataset, **bad), 8))
         shares = model.document_topics(**vectorizer(texts).to(model.device)).cpu()
         top = model.top_words(min(10, len(vectorizer.vocabulary))).cpu()
         probabilities, told = model.topic_words().exp().cpu().gather(1, top), coherence(top, documents)

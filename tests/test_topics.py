@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from recipe_runs import run
 from scipy.sparse import csr_matrix
 from transformers import AutoModel, AutoProcessor
 
+from mmvae.data import BadRow
 from mmvae.metrics import npmi, relevant_words, topic_diversity
 from mmvae.topics import coherence, lda_quality, topic_quality
 
@@ -74,7 +76,7 @@ def test_lda_finds_the_subjects():
 
 def test_a_run_gives_topics_and_their_figures_beside_those_of_lda(news, tmp_path, caplog):
     run("topic_vae", ["--dataset", news, "--output_dir", str(tmp_path), "--compare_lda", "true", *TINY])
-    assert "train: 1 of 33 rows have no word of the vocabulary in field 'text', and stay: rows 3" in caplog.text
+    assert f"{news}: 1 of 33 rows have no word of the vocabulary in field 'text', and stay: rows 3" in caplog.text
     figures = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     for name in ("npmi", "topic_diversity", "likeliest_npmi", "lda_npmi", "lda_likeliest_topic_diversity_10"):
         assert -1 <= figures[name] <= 1
@@ -95,6 +97,19 @@ def test_a_run_gives_topics_and_their_figures_beside_those_of_lda(news, tmp_path
     )
     again = json.loads((tmp_path / "e.json").read_text())["metrics"]
     assert again["nll_nats"] == pytest.approx(figures["nll_nats"], rel=1e-5) and 0 <= again["probe/topic"] <= 1
+
+
+def test_a_row_that_is_no_text_is_named_or_skipped(news, tmp_path):
+    shutil.copytree(news, tmp_path / "data")
+    for split in ("train", "validation"):
+        lines = (tmp_path / "data" / f"{split}.jsonl").read_text().splitlines()
+        lines[5] = json.dumps({"text": None, "label": "sport"})
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    options = ["--dataset", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"), *TINY]
+    with pytest.raises(BadRow, match=r"data: row 5, field 'text': got NoneType, expected text"):
+        run("topic_vae", options)
+    run("topic_vae", [*options, "--on_bad_row", "skip", "--most_bad_rows", "0.5"])
+    assert "npmi" in json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
 
 
 @pytest.mark.parametrize(

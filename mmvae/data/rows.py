@@ -23,7 +23,7 @@ from mmvae.data.columns import Column, Ragged
 from mmvae.data.lines import BadRow
 from mmvae.data.loading import content_fingerprint, features_of
 from mmvae.data.missing import check_drop, hide
-from mmvae.data.selection import file_row, place
+from mmvae.data.selection import called, file_row, place
 from mmvae.data.sprites import Sprites
 from mmvae.models.configuration import input_name
 
@@ -147,7 +147,7 @@ class Rows:
         if self.bad and -1 not in self._told:
             self._told.add(-1)
             shown = "bad rows" if rows is None else f"{len(self.bad)} of {rows} rows"
-            logger.warning("%s: skipping %s; the first: %s", self.name, shown, next(iter(self.bad.values())))
+            logger.warning("%s: skipping %s; the first: %s", called(self._dataset, self.name), shown, next(iter(self.bad.values())))
 
     @property
     def in_memory(self) -> bool:
@@ -241,7 +241,7 @@ class Rows:
             self._told.add(number)
             more = " of the first batch with longer rows" if self.streamed else ""
             text = "%s: %d of %d rows%s are cut in field %r, to max_length=%d tokens"
-            logger.warning(text, self.name, cut, rows, more, column.name, column.max_length)
+            logger.warning(text, called(self._dataset, self.name), cut, rows, more, column.name, column.max_length)
 
     def _tell_empty(self, column: Column, empty: Tensor) -> None:
         """Name the rows of which a column kept nothing: a document without a word of the vocabulary."""
@@ -249,7 +249,7 @@ class Rows:
         if rows:
             shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
             text = "%s: %d of %d rows have no word of the vocabulary in field %r, and stay: rows %s"
-            logger.warning(text, self.name, len(rows), len(empty), column.name, shown)
+            logger.warning(text, called(self._dataset, self.name), len(rows), len(empty), column.name, shown)
 
     def _prepare_all(self, memory_limit: int) -> dict[int, Tensor | Ragged]:
         memory: dict[int, Tensor | Ragged] = {}

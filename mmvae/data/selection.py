@@ -17,7 +17,12 @@ def file_row(dataset: Any, row: int) -> int:
     return row if indices is None else indices.column(0)[row].as_py()
 
 
-def place(dataset: Any, name: str, row: int) -> str:
-    """What an error calls a row: the data set ``name``, its split where that is not the training one, and the number in its file."""
+def called(dataset: Any, name: str) -> str:
+    """What messages call a data set: its name, and its split where that is not the training one, of which a held-out part is."""
     split = str(getattr(dataset, "split", None) or "train")
-    return f"{name}{'' if split == 'train' else f', {split}'}: row {file_row(dataset, row)}"
+    return name if split == "train" else f"{name}, {split}"
+
+
+def place(dataset: Any, name: str, row: int) -> str:
+    """What an error calls a row: the data set, and the row's number in its file."""
+    return f"{called(dataset, name)}: row {file_row(dataset, row)}"
