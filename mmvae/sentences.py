@@ -43,6 +43,7 @@ def evaluate_sentences(
     *,
     num_generated: int = 1000,
     num_beams: int = 1,
+    max_new_tokens: int = 64,
     seed: int = 0,
 ) -> dict[str, float]:
     """Draw sentences from the prior, word by word, and reconstruct as many first rows from their posterior's mean, where there is one.
@@ -57,9 +58,10 @@ def evaluate_sentences(
         reference: a language model and its tokenizer, which score the samples.
         num_generated: rows, and samples; at least two.
         num_beams: of reconstructions.
+        max_new_tokens: of samples.
         seed: of the samples.
     """
-    drawn = samples(accelerator, model, tokenizer, num_generated, seed=seed)
+    drawn = samples(accelerator, model, tokenizer, num_generated, max_new_tokens, seed=seed)
     figures = {"samples": diversity(drawn, known) | (forward_perplexity(accelerator, *reference, drawn) if reference else {})}
     if model.config.latent_dim:
         parts = []
@@ -73,17 +75,21 @@ def evaluate_sentences(
 
 
 @torch.no_grad()
-def samples(accelerator: Accelerator, model: TextVAE, tokenizer: Any, num_samples: int, *, seed: int = 0) -> list[str]:
+def samples(
+    accelerator: Accelerator, model: TextVAE, tokenizer: Any, num_samples: int, max_new_tokens: int = 64, *, seed: int = 0
+) -> list[str]:
     """Sentences from the prior, every word drawn from all words, in an order that the number of ranks does not change.
 
     Arguments:
         accelerator, model, tokenizer, seed: as for :func:`evaluate_sentences`.
         num_samples: how many.
+        max_new_tokens: of each, EOS included; a longer one is cut.
     """
     drawn = []
     for n in range(accelerator.process_index, -(-num_samples // CHUNK), accelerator.num_processes):
         with seeded(torch.Generator().manual_seed(fold(seed, _SAMPLES, n))):  # words are drawn by torch's global generator
-            texts = decode_text(tokenizer, model.sample(min(CHUNK, num_samples - n * CHUNK), do_sample=True, top_k=0))
+            part = min(CHUNK, num_samples - n * CHUNK)
+            texts = decode_text(tokenizer, model.sample(part, do_sample=True, top_k=0, max_new_tokens=max_new_tokens))
         drawn += [(n, text) for text in texts]
     return [text for _, text in sorted(gather_object(drawn), key=lambda part: part[0])]
 

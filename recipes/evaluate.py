@@ -11,6 +11,7 @@ and --samples_file writes samples for a language model to be trained on.
 With --label a linear classifier tells what it reads in the latent (mmvae/baselines.py). A joint model is also asked to retrieve, translate
 and describe (mmvae/coherence.py), beside what the nearest training text would say; with --label also what is of the right class.
 Several models are columns of one table, beside means and deviations: --output is their JSON, and each folder gets its own.
+Of a model with a head the figures are its VAE's; its recipe has measured the head.
 Results are independent of batch size and number of processes; the noise of a row is keyed by (seed, row).
 """
 
@@ -28,7 +29,7 @@ from transformers import AutoModel, AutoProcessor
 from mmvae import MMVAE
 from mmvae.baselines import evaluate_by_training_rows
 from mmvae.coherence import evaluate_joint
-from mmvae.data import ImageColumn, Loader, Rows, TextColumn, find_column, load_rows, splits
+from mmvae.data import ImageColumn, Loader, Rows, TextColumn, find_column, load_rows, splits, texts_of
 from mmvae.evaluation import binarization, evaluate_conditional, evaluate_vae
 from mmvae.experiment import parse, precision
 from mmvae.judge import Judge
@@ -58,6 +59,7 @@ class EvaluationArguments:
     reference_lm: str | None = field(default=None, metadata={"help": "folder of a text model of latent_dim 0 that scores the samples"})
     samples_file: str | None = field(default=None, metadata={"help": "jsonl file to write samples to, as a data set"})
     num_samples: int = field(default=40_000, metadata={"help": "of that file"})
+    max_new_tokens: int = field(default=64, metadata={"help": "longest sample of a text VAE; a longer sentence is cut there"})
     num_beams: int = field(default=1, metadata={"help": "of the texts that are generated"})
     judge: str | None = field(default=None, metadata={"help": "folder of a judge of sprites, of recipes/sprites_judge.py"})
     label: str | None = field(default=None, metadata={"help": "column of classes, for a linear probe and the coherence of a joint model"})
@@ -111,14 +113,15 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
         figures |= evaluate_joint(accelerator, model, processor, rows, truths, num_beams=args.num_beams, **judging, **options)
     if writes and min(args.num_generated, len(data)) > 1:
         options = {"num_generated": min(args.num_generated, len(data)), "num_beams": args.num_beams, "seed": args.seed}
+        options |= {"max_new_tokens": args.max_new_tokens}
         with contextlib.suppress(ValueError):  # a data set without training rows
-            options |= {"known": splits(args.dataset)["train"][columns[0].name][:]}
+            options |= {"known": list(texts_of(splits(args.dataset)["train"], columns[0].name, missing=True, on_bad_row="skip"))}
         if args.reference_lm:
             reference = AutoModel.from_pretrained(args.reference_lm, dtype="float32").to(accelerator.device)
             options |= {"reference": (reference, AutoProcessor.from_pretrained(args.reference_lm))}
         figures |= evaluate_sentences(accelerator, model, processor, rows, data[columns[0].name][:], **options)
     if args.samples_file:
-        drawn = samples(accelerator, model, processor, args.num_samples, seed=args.seed)
+        drawn = samples(accelerator, model, processor, args.num_samples, args.max_new_tokens, seed=args.seed)
         if accelerator.is_main_process:
             lines = (json.dumps({columns[0].name: text}) + "\n" for text in drawn)
             Path(args.samples_file).write_text("".join(lines), encoding="utf-8")

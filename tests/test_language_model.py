@@ -151,3 +151,14 @@ def test_a_tokenizer_of_more_words_than_the_model_knows_is_named(tmp_path):
     train_tokenizer(["a b c d"]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tokenizer: received one of 8 tokens, expected at most 6, the model's vocab_size"):
         run("evaluate", ["--model", str(tmp_path), "--dataset", str(sentences(tmp_path / "data"))])
+
+
+def test_a_training_row_without_text_is_nothing_that_samples_repeat(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, texts in (("train", ["a b", None, "c d"]), ("test", ["a b", "c"])):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    TextVAE(TextVAEConfig(vocab_size=8, embedding_size=2, hidden_size=2, latent_dim=2)).save_pretrained(tmp_path)
+    train_tokenizer(["a b c d"]).save_pretrained(tmp_path)
+    run("evaluate", ["--model", str(tmp_path), "--dataset", str(data), "--importance_samples", "2", "--max_new_tokens", "5"])
+    assert 0 <= json.loads((tmp_path / "evaluation-test.json").read_text())["metrics"]["samples/repeated"] <= 1

@@ -50,6 +50,11 @@ def test_the_first_samples_are_those_drawn_first(trained, monkeypatch):
     assert len(drawn) == 15 and len(set(drawn)) > 5
 
 
+def test_samples_are_as_long_as_is_asked_for(trained):
+    model, tokenizer, _ = trained
+    assert {len(text.split()) for text in samples(Accelerator(cpu=True), model, tokenizer, 15, 2)} == {2}
+
+
 def test_every_word_that_the_model_gives_weight_may_be_drawn():
     """transformers draws from the 50 likeliest words unless told."""
     words = [f"word{i}" for i in range(120)]
