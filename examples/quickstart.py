@@ -37,6 +37,14 @@ latents = model.encode(**inputs).mean
 print("reconstructed: ", decode_text(tokenizer, model.generate(latents=latents, num_beams=4, max_new_tokens=12)))
 print("from the prior:", decode_text(tokenizer, model.sample(3, max_new_tokens=12)))
 print("in between:    ", decode_text(tokenizer, model.interpolate(latents[:1], latents[1:], 5, max_new_tokens=12)))
+known = captions[:1000]  # what is said to be near: rows whose latents were kept
+means = model.encode(**tokenizer(known, padding=True, return_tensors="pt")).mean
+nearest = torch.cdist(latents[:1], means).topk(3, largest=False).indices[0]
+print("nearest rows:  ", [known[row] for row in nearest.tolist()])
+pair = tokenizer(["big red square at bottom right on light", "big red square at bottom right on dark"], return_tensors="pt")
+light, dark = model.encode(**pair).mean
+unknown = [tokenizer.unk_token_id]  # a word that is not to be written
+print("light to dark: ", decode_text(tokenizer, model.generate(latents=latents[:1] - light + dark, num_beams=4, suppress_tokens=unknown)))
 print("log p(x):      ", model.log_marginal(**inputs, num_samples=100).tolist(), "nats")
 
 with tempfile.TemporaryDirectory() as folder:
