@@ -269,7 +269,7 @@ def find_classes(rows: Any, column: str) -> tuple[str, ...]:
     values = set(rows[column][:]) - {None}
     if values and all(isinstance(value, str) for value in values):
         return tuple(sorted(values))
-    if values and all(isinstance(value, int) for value in values):
+    if values and all(type(value) is int for value in values):
         if max(values) < _MOST_CLASSES:
             return tuple(str(value) for value in range(max(values) + 1))
         row = rows[column][:].index(max(values))

@@ -130,7 +130,7 @@ class MMVAE(JointGeneration):
     def _given(self, received: Mapping[str, Any]) -> _Given:
         own, rest = self.split(received)
         masks = {name: rest.pop(name, None) for name in ("present", "visible")}
-        known = [*self.input_names, *self.condition_names]
+        known = [*self.input_names, *self.condition_names, "labels", "present", "visible"]
         for name in (name for name in rest if name not in FOREIGN_ARGUMENTS):
             raise TypeError(f"{type(self).__name__}: unknown input {name!r}; the nearest one is {nearest(name, known)!r}")
         inputs = {name: {k: v for k, v in own[name].items() if k in vae.input_names} for name, vae in self.vaes.items()}
