@@ -18,12 +18,13 @@ from mmvae.evaluation import Transform, model_inputs, predict
 from mmvae.experiment import make_loaders, train
 from mmvae.modalities import from_scratch
 from mmvae.models.configuration import VAEConfig
-from mmvae.models.heads import ImageVAEForImageClassification, LatentClassifier, TextVAEForSequenceClassification
+from mmvae.models.heads import ImageVAEForImageClassification, TextVAEForSequenceClassification
 from mmvae.optimization import freeze_unreached
 from mmvae.options import RunArguments, mapping
 from mmvae.training import Result
 
-_CLASSIFIERS = {kind.config_class: kind for kind in (ImageVAEForImageClassification, TextVAEForSequenceClassification)}
+CLASSIFIERS = (ImageVAEForImageClassification, TextVAEForSequenceClassification)
+"""Those that a study may train."""
 
 
 @dataclass
@@ -124,18 +125,6 @@ def one_modality(data: Any, args: RunArguments, modality: str | None, fields: di
     reading = {"max_length": args.max_length, "truncate": args.truncate}
     config, processor, (column,) = from_scratch(data, modality, fields, {}, reading=reading, text=text, name=args.dataset)
     return config, processor, column
-
-
-def classifier_of(config: Any) -> type[LatentClassifier]:
-    """The classifier of a kind of configuration.
-
-    Raises:
-        ValueError: for one of which studies have none.
-    """
-    if type(config) not in _CLASSIFIERS:
-        expected = " or ".join(kind.model_type for kind in _CLASSIFIERS)
-        raise ValueError(f"modality, vae: received {config.model_type!r}, expected {expected}: pictures or texts")
-    return _CLASSIFIERS[type(config)]
 
 
 def train_once(

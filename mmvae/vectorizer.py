@@ -75,7 +75,9 @@ class TopicVAEVectorizer(FeatureExtractionMixin):
         try:
             vocabulary = vectorizer.fit(texts).get_feature_names_out().tolist()
         except ValueError as error:
-            if type(error).__module__.startswith("mmvae."):  # a row that is named
+            from mmvae.data.lines import BadRow
+
+            if isinstance(error, BadRow):
                 raise
             raise ValueError(f"texts: no vocabulary with the options {options}: {error}") from None
         if len(vocabulary) < 2:

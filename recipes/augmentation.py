@@ -37,15 +37,16 @@ from mmvae.experiment import parse, start
 from mmvae.hub import write_metrics
 from mmvae.modalities import overridden
 from mmvae.models.classes import ClassVAE
+from mmvae.models.heads import classifier_of
 from mmvae.noise import fold
 from mmvae.options import mapping
 from mmvae.pictures import grid, table
 from mmvae.processing import decode_text
 from mmvae.study import (
+    CLASSIFIERS,
     LabelledData,
     StudyRun,
     accuracy,
-    classifier_of,
     mean_and_deviation,
     one_modality,
     paired_p,
@@ -156,7 +157,7 @@ def draw_once(accelerator: Accelerator, args: AugmentationRun, data: LabelledDat
     options = {"kind": args.tokenizer, "vocab_size": args.vocab_size}
     config, processor, column = one_modality(seen, args, args.modality, args.vaes, **options)
     changed = replace(column, augmentation=Augmentation(**args.augmentation)) if isinstance(column, ImageColumn) else column
-    classifier_class = classifier_of(config)
+    classifier_class = classifier_of(config, CLASSIFIERS)
 
     torch.manual_seed(seed)
     fields = {"num_classes": len(data.told.classes)} | args.generator

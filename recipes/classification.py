@@ -26,7 +26,7 @@ from mmvae.evaluation import binarization, evaluate_elbo, model_inputs, predict
 from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
 from mmvae.metrics import classification, confusion, per_class
 from mmvae.modalities import from_scratch, overridden, read_columns
-from mmvae.models.heads import LatentClassifier
+from mmvae.models.heads import LatentClassifier, classifier_of
 from mmvae.optimization import freeze_unreached, unwrap
 from mmvae.options import mapping
 from mmvae.pictures import table
@@ -104,10 +104,7 @@ def build(args: ClassifierRun, made: ClassifierArguments, data: Any, classes: tu
         options["on_bad_row"] = args.on_bad_row
         config, processor, columns = from_scratch(data, made.modalities, made.vaes, made.mmvae, **options)
         config = overridden(config, {}, {}, **head)
-    kind = next((kind for kind in LatentClassifier.__subclasses__() if isinstance(config, kind.config_class)), None)
-    if kind is None:
-        kinds = ", ".join(sorted(kind.config_class.model_type for kind in LatentClassifier.__subclasses__()))
-        raise ValueError(f"vae: received {args.vae!r}, a model of type {config.model_type}, expected one of {kinds}")
+    kind = classifier_of(config)
     torch.manual_seed(args.seed)
     if not args.vae:
         return kind(config), processor, columns

@@ -35,10 +35,10 @@ from mmvae.evaluation import binarization, predict
 from mmvae.experiment import parse, start
 from mmvae.hub import write_metrics
 from mmvae.modalities import overridden, read_columns
-from mmvae.models.heads import ClassifierOutput, LatentClassifier
+from mmvae.models.heads import ClassifierOutput, LatentClassifier, classifier_of
 from mmvae.options import mapping
 from mmvae.pictures import table
-from mmvae.study import LabelledData, StudyRun, classifier_of, mean_and_deviation, one_modality, train_classifier, train_once
+from mmvae.study import CLASSIFIERS, LabelledData, StudyRun, mean_and_deviation, one_modality, train_classifier, train_once
 
 METHODS = ("fine-tuned", "joint", "plain", "logistic")
 PLACES = ("dataset", "output_dir", "vae", "hub_token")
@@ -93,7 +93,7 @@ def trained_vae(accelerator: Accelerator, args: CompareRun, data: LabelledData) 
     """Folder of a VAE of all training rows, its configuration, the column that it reads, and seconds."""
     if args.vae:
         config, processor = AutoConfig.from_pretrained(args.vae), AutoProcessor.from_pretrained(args.vae)
-        model = classifier_of(config).vae_class.from_pretrained(args.vae, config=config, dtype="float32")
+        model = classifier_of(config, CLASSIFIERS).vae_class.from_pretrained(args.vae, config=config, dtype="float32")
         reading = {"max_length": args.max_length, "truncate": args.truncate}
         (column,) = read_columns(model, processor, data.train, args.modality, **reading)
         return args.vae, config, column, float("nan")
@@ -103,7 +103,7 @@ def trained_vae(accelerator: Accelerator, args: CompareRun, data: LabelledData) 
     if not {"fine-tuned", "joint"} & set(args.methods):
         return str(folder), config, column, 0.0
     torch.manual_seed(args.seed)
-    model = classifier_of(config).vae_class(config)
+    model = classifier_of(config, CLASSIFIERS).vae_class(config)
     transform = binarization(getattr(config, "binarize", "none"))
     rows = data.rows(data.train, changed(column, args))
     result = train_once(accelerator, args, model, rows, folder, transform=transform, **args.vae_run)
@@ -130,7 +130,7 @@ def network(
 ) -> dict[str, float]:
     """Figures of a classifier that is a network."""
     folder, config, column, _ = vae
-    kind, joint = classifier_of(config), method == "joint"
+    kind, joint = classifier_of(config, CLASSIFIERS), method == "joint"
     fields = data.names | {"classifier_alpha": args.alpha if joint else None} | args.classifier
     config = overridden(config, {}, {}, **fields)
     torch.manual_seed(seed)
@@ -212,7 +212,8 @@ def main() -> None:
     write_metrics(
         folder, figures | ({} if args.vae else {"vae/seconds": vae[3]}), seconds=seconds, dataset=args.dataset, hyperparameters=options
     )
-    shown += "" if math.isnan(vae[3]) or not vae[3] else f"\nThe VAE of all rows took {vae[3]:.1f} s before.\n"
+    if vae[3] > 0:  # not one that was given
+        shown += f"\nThe VAE of all rows took {vae[3]:.1f} s before.\n"
     (folder / "README.md").write_text(f"# {Path(data.name).name}\n\n{shown}\n![accuracy](figures/accuracy.png)\n", encoding="utf-8")
     accuracies = {
         method: {count or "all": [each["accuracy"] for each in found[method, count]] for count in args.labels_per_class}

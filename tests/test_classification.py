@@ -221,7 +221,7 @@ def test_a_classifier_of_other_classes_is_refused(texts, tmp_path):
 def test_a_model_that_has_no_head_for_classes_is_named(pictures, vae, tmp_path):
     StackedVAE.over(ImageVAE.from_pretrained(vae), num_classes=2, latent_dim=2).save_pretrained(tmp_path)
     ImageVAEImageProcessor.from_pretrained(vae).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a model of type stacked_vae, expected one of image_vae, mmvae, text_vae, topic_vae"):
+    with pytest.raises(ValueError, match="received a model of type stacked_vae, expected one of image_vae, mmvae, text_vae, topic_vae"):
         run("classification", ["--dataset", pictures, *TINY, "--vae", str(tmp_path), "--output_dir", str(tmp_path / "out")])
 
 

@@ -48,7 +48,6 @@ def test_the_loss_is_the_cross_entropy_and_jointly_also_the_bound(options):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:.*not supported for image-segmentation")
 def test_the_pipeline_draws_masks_at_the_pictures_size(tmp_path):
     model = build(id2label={0: "ground", 1: "cat", 2: "dog"}).eval()
     model.save_pretrained(tmp_path)

@@ -13,8 +13,9 @@ from transformers import AutoConfig
 
 from mmvae import MMVAE, ImageVAE, ImageVAEConfig, MMVAEConfig
 from mmvae.data import BadRow, ImageColumn, TextColumn
+from mmvae.models.heads import classifier_of
 from mmvae.processing import train_tokenizer
-from mmvae.study import LabelledData, classifier_of
+from mmvae.study import CLASSIFIERS, LabelledData
 
 TINY = ["--batch_size", "8", "--max_steps", "3", "--warmup_steps", "1", "--mixed_precision", "no"]
 WORDS = {"cold": ["ice", "snow", "winter", "frost"], "warm": ["sun", "sand", "summer", "fire"]}
@@ -166,7 +167,7 @@ def test_compare_takes_a_trained_vae_and_reads_no_method_of_another_name(picture
     MMVAE(MMVAEConfig(modalities={"a": ImageVAEConfig(latent_dim=2), "b": ImageVAEConfig(latent_dim=2)})).save_pretrained(
         tmp_path / "joint"
     )
-    with pytest.raises(ValueError, match="received 'mmvae', expected image_vae or text_vae"):
-        classifier_of(AutoConfig.from_pretrained(tmp_path / "joint"))
+    with pytest.raises(ValueError, match="received a model of type mmvae, expected one of image_vae, text_vae$"):
+        classifier_of(AutoConfig.from_pretrained(tmp_path / "joint"), CLASSIFIERS)
     with pytest.raises(ValueError, match="methods: received 'svm', expected some of"):
         run("compare", [*again, "svm"])

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
 
 from mmvae.data.augmentation import NO_AUGMENTATION, Augmentation
 from mmvae.data.columns import Column
@@ -116,15 +118,12 @@ def at_sizes(masks: Tensor, sizes: Sequence[tuple[int, int]] | None, mode: str) 
     """
     found = []
     for mask, size in zip(masks, sizes or [masks.shape[1:]] * len(masks), strict=True):
-        scales = [own / side for own, side in zip(mask.shape, size, strict=True)]
+        fit = list(size)
         if mode != "stretch":
-            scales = [(max if mode == "crop" else min)(scales)] * 2
-        for axis, (side, scale) in enumerate(zip(size, scales, strict=True)):
-            own = mask.shape[axis]
-            place = ((torch.arange(side, device=mask.device) + 0.5 - side / 2) * scale + own / 2).floor().long()
-            here = ((place >= 0) & (place < own)).view(-1, *[1] * (1 - axis))
-            mask = mask.index_select(axis, place.clamp(0, own - 1)) * here
-        found.append(mask)
+            scale = (max if mode == "crop" else min)(own / side for own, side in zip(mask.shape, size, strict=True))
+            fit = [max(round(own / scale), 1) for own in mask.shape]
+        whole = tv.resize(mask.unsqueeze(0), fit, interpolation=InterpolationMode.NEAREST)
+        found.append(tv.center_crop(whole, list(size))[0])  # which fills with 0
     return found
 
 

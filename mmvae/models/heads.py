@@ -17,6 +17,7 @@ References:
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -309,3 +310,21 @@ class MMVAEForClassification(LatentClassifier):
         if vae.training and self.config.modality_dropout and inputs.get("visible") is None:
             inputs["visible"] = vae._visible(vae._given(inputs).present, noise_key)
         return self.classify(inputs, labels, alpha, beta, num_samples, objective, noise_key, sample_posterior)
+
+
+def classifier_of(config: Any, among: Sequence[type[LatentClassifier]] | None = None) -> type[LatentClassifier]:
+    """The classifier of a kind of configuration.
+
+    Arguments:
+        config: of a VAE.
+        among: classifiers that are allowed; all when None.
+
+    Raises:
+        ValueError: for one of which there is none.
+    """
+    kinds = among or LatentClassifier.__subclasses__()
+    found = next((kind for kind in kinds if isinstance(config, kind.config_class)), None)
+    if found is None:
+        expected = ", ".join(sorted(kind.config_class.model_type for kind in kinds))
+        raise ValueError(f"classifier: received a model of type {config.model_type}, expected one of {expected}")
+    return found
