@@ -11,7 +11,7 @@ With :math:`w = p(x \mid z)\,\big(p(z) / q(z)\big)^\beta` for samples z of the p
     jmvae:  the ELBO less alpha times the divergence from each modality's own posterior
 
 Shapes: ``S`` samples, ``K`` components, ``B`` batch, ``M`` modalities. An option is bound with ``functools.partial``:
-``partial(elbo, free_bits=0.1)``. Only visible modalities count in a divergence, and rows are independent (but for free bits per batch).
+``partial(elbo, free_bits=0.1)``. Only the visible counts in a divergence, and rows are independent (not by free bits per unit or batch).
 
 References:
     Kingma, Welling (2014), https://arxiv.org/abs/1312.6114; Burda et al. (2016), https://arxiv.org/abs/1509.00519

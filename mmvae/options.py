@@ -116,10 +116,10 @@ class RunArguments:
         """Default free bits per dimension become as many per row where the prior is a mixture: its KL has no dimensions.
 
         Raises:
-            ValueError: for free bits per dimension that were asked for.
+            ValueError: for free bits per dimension or unit that were asked for.
         """
         options = self.objective_options
-        if prior == "standard_normal" or not options.get("free_bits") or options.get("free_bits_per", "dimension") != "dimension":
+        if prior == "standard_normal" or not options.get("free_bits") or options.get("free_bits_per") in ("row", "batch"):
             return
         if options != mapping("objective_options", type(self).objective_options):
             raise ValueError(f"objective_options: received {options} with prior {prior!r}, expected free_bits_per 'row' or 'batch'")

@@ -93,20 +93,21 @@ def free_bits(kl: Tensor, nats: float, per: str = "dimension") -> Tensor:
     r"""The KL divergence with a floor below which it takes no gradient, :math:`\sum_g \max(\lambda, \mathrm{KL}_g)`.
 
     Arguments:
-        kl: (*, B, *event) nats per dimension for ``per="dimension"``, else (*, B) nats per row.
+        kl: (*, B, D) nats per dimension for ``per="dimension"`` and ``"unit"``, else (*, B) nats per row.
         nats: the floor lambda of each group.
-        per: the group: "dimension" (of every row), "row", or "batch" (the mean over rows, the only one in which rows depend on each other).
+        per: the group: "dimension" (of every row, Li et al. 2019), "unit" (a dimension's mean over rows, Kingma et al. 2016), "row", or
+            "batch" (the mean over rows). In "unit" and "batch" rows depend on each other.
 
     Returns:
-        (*, B), for "dimension" still with its event dimensions, to be summed by the caller.
+        The shape of ``kl``; dimensions are for the caller to sum.
 
     Raises:
         ValueError: for another ``per``.
     """
-    if per not in ("dimension", "row", "batch"):
-        raise ValueError(f"free_bits_per: received {per!r}, expected 'dimension', 'row' or 'batch'")
-    if per == "batch":
-        mean = kl.mean(-1, keepdim=True)
+    if per not in ("dimension", "unit", "row", "batch"):
+        raise ValueError(f"free_bits_per: received {per!r}, expected 'dimension', 'unit', 'row' or 'batch'")
+    if per in ("unit", "batch"):
+        mean = kl.mean(-2 if per == "unit" else -1, keepdim=True)
         return torch.where(mean > nats, kl, nats + 0.0 * kl)
     return kl.clamp_min(nats)
 
@@ -129,14 +130,15 @@ def kl_to_prior(terms: Terms, floor: float = 0.0, per: str = "dimension", diverg
         raise ValueError(f"divergence: received {divergence!r}, expected 'mixture' or 'components'")
     each = divergence == "components" or terms.log_pk is not None or terms.q.mixture.components.batch_shape[0] == 1
     q = terms.drawn_from() if each else terms.q.mixture
+    by_dimension = per in ("dimension", "unit")
     if isinstance(q, DiagNormal) and isinstance(terms.prior, DiagNormal):
-        value = q.kl_per_dimension(terms.prior)
-        value = (free_bits(value, floor) if floor and per == "dimension" else value).flatten(-len(q.event_shape)).sum(-1)
-    elif floor and per == "dimension":
-        raise ValueError("free_bits_per: received 'dimension' with a mixture, expected 'row' or 'batch' (the KL has no dimensions)")
+        value = q.kl_per_dimension(terms.prior).flatten(-len(q.event_shape))
+        value = (free_bits(value, floor, per) if floor and by_dimension else value).sum(-1)
+    elif floor and by_dimension:
+        raise ValueError(f"free_bits_per: received {per!r} with a mixture, expected 'row' or 'batch' (the KL has no dimensions)")
     else:
         value = q.log_prob(terms.z) - terms.prior.log_prob(terms.z)
-    value = free_bits(value, floor, per) if floor and per != "dimension" else value
+    value = free_bits(value, floor, per) if floor and not by_dimension else value
     if terms.log_pk is not None:
         value = value + present(terms.weights()) - terms.log_pk
     return value.expand(terms.z.shape[:3]) - sum(terms.private.values())

@@ -291,17 +291,19 @@ def test_one_drawn_component_has_the_bound_of_all_in_expectation():
     torch.testing.assert_close(dreg(t), iwae(t))
 
 
-def test_free_bits_per_dimension_row_and_batch():
+def test_free_bits_per_dimension_unit_row_and_batch():
     kl_ = torch.tensor([[0.1, 0.5], [0.3, 0.0]], requires_grad=True)  # (B, D)
     assert torch.equal(free_bits(kl_, 0.2), torch.tensor([[0.2, 0.5], [0.3, 0.2]]))
     assert torch.equal(torch.autograd.grad(free_bits(kl_, 0.2).sum(), kl_)[0], torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert torch.equal(free_bits(kl_, 0.22, "unit"), torch.tensor([[0.22, 0.5], [0.22, 0.0]]))  # means over rows: .2 and .25
+    assert torch.equal(torch.autograd.grad(free_bits(kl_, 0.22, "unit").sum(), kl_)[0], torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
     rows = torch.tensor([0.1, 0.5], requires_grad=True)  # (B,)
     assert torch.equal(free_bits(rows, 0.2, "row"), torch.tensor([0.2, 0.5]))
     assert torch.equal(torch.autograd.grad(free_bits(rows, 0.2, "row").sum(), rows)[0], torch.tensor([0.0, 1.0]))
     assert torch.equal(free_bits(rows, 0.2, "batch"), rows)
     assert torch.equal(free_bits(rows, 0.4, "batch"), torch.tensor([0.4, 0.4]))
     assert not torch.autograd.grad(free_bits(rows, 0.4, "batch").sum(), rows)[0].any()
-    with pytest.raises(ValueError, match="free_bits_per: received 'word', expected 'dimension', 'row' or 'batch'"):
+    with pytest.raises(ValueError, match="free_bits_per: received 'word', expected 'dimension', 'unit', 'row' or 'batch'"):
         free_bits(rows, 0.4, "word")
 
 
@@ -312,6 +314,7 @@ def test_elbo_with_free_bits():
     log_px = t.likelihood().mean((0, 1))
     for per, floor in (
         ("dimension", per_dimension.clamp_min(0.8).sum(1)),
+        ("unit", torch.where(per_dimension.mean(0) > 0.8, per_dimension, torch.tensor(0.8)).sum(1)),
         ("row", per_dimension.sum(1).clamp_min(0.8)),
         ("batch", per_dimension.sum(1)),
     ):
