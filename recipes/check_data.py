@@ -84,8 +84,8 @@ def main() -> None:
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path] * (path.suffix == ".jsonl")
     problems = list(broken_lines(files))
     told_already = {number - 1 for file in files for number, row in read_lines(file) if isinstance(row, str)}
-    for split, data in splits(args.dataset, on_bad_row="skip").items():
-        problems += [f"{split}: {told}" for row, told in bad_rows(data, columns_of(data, args), args.dataset) if row not in told_already]
+    for data in splits(args.dataset, on_bad_row="skip").values():
+        problems += [told for row, told in bad_rows(data, columns_of(data, args), args.dataset) if row not in told_already]
     print(*problems, sep="\n")
     print(f"{len(problems)} problems" if problems else "nothing is wrong")
     sys.exit(bool(problems))

@@ -133,11 +133,14 @@ def test_a_row_that_was_held_out_or_chosen_is_told_by_its_number_in_the_file(tmp
 
 
 def test_errors_name_the_split_that_is_not_the_training_one(tmp_path):
+    folder = tmp_path / "rows"  # beside the cache
+    folder.mkdir()
     for split, last in (("train", "a"), ("test", "c")):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"label": label}) + "\n" for label in ("a", "b", last)))
-    data = splits(str(tmp_path))
-    with pytest.raises(BadRow, match=r"set, test: row 2, field 'label': got 'c'"):
-        read_labels(data["test"], LabelColumn("label", ("a", "b")), "set")
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"label": label}) + "\n" for label in ("a", "b", last)))
+    for on_bad_row in ("error", "skip"):
+        data = splits(str(folder), on_bad_row=on_bad_row)
+        with pytest.raises(BadRow, match=r"set, test: row 2, field 'label': got 'c'"):
+            read_labels(data["test"], LabelColumn("label", ("a", "b")), "set")
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".parquet"])

@@ -255,6 +255,7 @@ def test_generation_names_what_is_wrong():
         ),
         ({"temperature": 0.7}, "temperature: received 0.7 for a greedy search, which draws nothing"),
         ({"temperature": 0}, "temperature: received 0, expected more than 0"),
+        ({"temperature": "hot", "do_sample": True}, "temperature: received 'hot', expected more than 0"),
         ({"temperature": -1.0, "do_sample": True}, "temperature: received -1.0, expected more than 0"),
         ({"temperature": math.nan, "do_sample": True}, "temperature: received nan, expected more than 0"),
         ({"top_p": 2.0, "do_sample": True}, r"top_p: received 2.0, expected in \(0, 1\]"),

@@ -77,11 +77,14 @@ def rows_of_lines(files: Mapping[str, Iterable[str | Path]], streaming: bool) ->
     for split, paths in files.items():
         paths = [str(path) for path in paths]
         if streaming:
-            loaded[split] = datasets.IterableDataset.from_generator(_rows, gen_kwargs={"paths": paths})
+            loaded[split] = datasets.IterableDataset.from_generator(
+                _rows, gen_kwargs={"paths": paths}, split=datasets.NamedSplit(str(split))
+            )
             continue
         rows = list(_rows(paths))
         columns = dict.fromkeys(itertools.chain.from_iterable(rows))
-        loaded[split] = datasets.Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+        values = {column: [row.get(column) for row in rows] for column in columns}
+        loaded[split] = datasets.Dataset.from_dict(values, split=datasets.NamedSplit(str(split)))
     return loaded
 
 

@@ -58,7 +58,7 @@ def check_strategy(options: Mapping[str, Any], defaults: GenerationConfig) -> No
     samples = options.get("do_sample", config.do_sample)
     for name, (expected, fits) in _OF_SAMPLING.items():
         value = options.get(name)
-        if value is not None and not fits(value):
+        if value is not None and not (isinstance(value, int | float) and fits(value)):
             raise ValueError(f"{name}: received {value!r}, expected {expected}")
         if value is not None and not samples:
             how = "beam search" if (beams or config.num_beams or 1) > 1 else "greedy search"
