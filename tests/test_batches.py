@@ -224,6 +224,9 @@ def test_bad_rows_are_named(tmp_path):
         Rows(data, column, name="some/set")
     with pytest.raises(BadRow, match=r"row 1, field 'text': got 6 tokens, expected at most 5 .* in 'w1 w1 w1 w1'"):
         Rows(datasets.Dataset.from_dict({"text": ["w1", "w1 w1 w1 w1"]}), column)
+    many = ["w1", "w1 w1 w1 w1", None, "w1 w1", *["w1 w1 w1 w1 w1"] * 2_000]
+    with pytest.raises(BadRow, match=r"row 1, field 'text': got 6 tokens, .* in 'w1 w1 w1 w1'; 2001 of 2004 rows are too long"):
+        Rows(datasets.Dataset.from_dict({"text": many}), column)
     with pytest.raises(BadRow, match="data: row 2, field 'text'"):
         list(Loader(Rows(data.to_iterable_dataset(), column), 2).batches(0))
     with pytest.raises(BadRow, match="row 3, field 'text'"):

@@ -7,6 +7,7 @@ once), ``pack`` puts the arrays of many rows into one object that is indexed wit
 Shapes: ``B`` batch, ``C,H,W`` picture, ``T`` tokens of the longest row in the batch.
 """
 
+import contextlib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -165,6 +166,10 @@ class ImageColumn(Column):
         return {"pixel_values": self.augmentation(packed, keys)}
 
 
+class TooLong(ValueError):
+    """A text has more tokens than a row may have."""
+
+
 @dataclass(eq=False)
 class TextColumn(Column):
     """Text: ``input_ids`` and ``attention_mask`` (B,T) int64, BOS ... EOS, padded on the right; nothing is BOS EOS.
@@ -210,13 +215,20 @@ class TextColumn(Column):
             check_text(value)
         if not values:
             return []
-        encoded = self.tokenizer(list(values), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        return [self._framed(ids) for ids in encoded]
+        return [self._framed(ids) for ids in self._encoded(values)]
+
+    def num_too_long(self, values: Sequence[Any]) -> int:
+        """How many of some values are texts, without a fault otherwise, of more than ``max_length`` tokens."""
+        texts = [value for value in values if is_text(value)]
+        return sum(len(ids) > self.max_length - 2 for ids in self._encoded(texts)) if texts else 0
+
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _framed(self, ids: list[int]) -> np.ndarray:
         if len(ids) > self.max_length - 2:
             if not self.truncate:
-                raise ValueError(f"got {len(ids) + 2} tokens, expected at most {self.max_length} (max_length; or set truncate)")
+                raise TooLong(f"got {len(ids) + 2} tokens, expected at most {self.max_length} (max_length; or set truncate)")
             ids = ids[: self.max_length - 2]
             self.num_truncated += 1
         if self._eos in ids or self._bos in ids:
@@ -257,6 +269,14 @@ def as_modalities(columns: Mapping[str, Column]) -> list[Column]:
     """
     before = prefixes({name: column.input_names for name, column in columns.items()})
     return [replace(column, modality=name, prefix=before[name]) for name, column in columns.items()]
+
+
+def is_text(value: Any) -> bool:
+    """Whether `check_text` lets a value pass."""
+    with contextlib.suppress(ValueError):
+        check_text(value)
+        return True
+    return False
 
 
 def check_text(value: Any) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmvae.data.columns import Column, Ragged
+from mmvae.data.columns import Column, Ragged, TooLong
 from mmvae.data.lines import BadRow
 from mmvae.data.loading import content_fingerprint, features_of
 from mmvae.data.missing import check_drop, hide
@@ -260,7 +260,12 @@ class Rows:
                     list(self._prepared(column))
                 continue
             cut = getattr(column, "num_truncated", 0)
-            memory[number] = self._prepare_column(column)
+            try:
+                memory[number] = self._prepare_column(column)
+            except BadRow as error:
+                if not isinstance(error.__cause__, TooLong):
+                    raise
+                raise BadRow(f"{error}; {self._num_too_long(column)} of {len(self._present)} rows are too long") from error.__cause__
             self._tell_cut(number, cut, len(self._present))
         return memory
 
@@ -274,6 +279,10 @@ class Rows:
             else:
                 dense[start : start + len(prepared)] = column.pack(prepared)
         return column.pack(ragged) if dense is None else dense
+
+    def _num_too_long(self, column: Column) -> int:
+        dataset = self._dataset.select_columns([column.name])
+        return sum(column.num_too_long(dataset[start : start + _CHUNK][column.name]) for start in range(0, len(dataset), _CHUNK))
 
     def _prepared(self, column: Column) -> Iterator[tuple[int, list[np.ndarray]]]:
         """A column's arrays in chunks of rows, each with the number of its first row."""
