@@ -5,7 +5,8 @@ Blocks are those that are fast on CPU and GPU alike: space-to-depth instead of a
 PixelShuffle instead of transposed ones.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -117,6 +118,19 @@ def receptive_radius(num_levels: int, num_blocks: int) -> int:
     """
     reach = sum((2 * num_blocks + 2) * 2 ** (i + 1) for i in range(num_levels)) + 2
     return -(-reach // 2**num_levels) + 1
+
+
+@contextmanager
+def running_statistics(module: nn.Module) -> Iterator[None]:
+    """Within it, batch normalisation anywhere in a module uses its running statistics, as in evaluation, and leaves them as they are."""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 class ScaledMean(nn.Module):

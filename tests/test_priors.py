@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmvae import MMVAE, ImageVAE, ImageVAEConfig, MMVAEConfig, TextVAE, TextVAEConfig, TopicVAE, TopicVAEConfig
 from mmvae.distributions import DiagNormal
 from mmvae.priors import PRIORS, LaplaceDirichlet
 
@@ -87,3 +88,27 @@ def test_the_dirichlet_prior_has_its_curvature_at_its_peak(topics, concentration
     p = LaplaceDirichlet((topics,), concentration)(encode, CPU)
     torch.testing.assert_close(p.variance.double(), covariance.diagonal())
     assert not p.mean.any()
+
+
+IMAGE = ImageVAEConfig(image_size=8, num_channels=1, hidden_channels=[4], latent_dim=3, norm="batch")
+WITH_STATISTICS = {
+    "image": lambda: ImageVAE(ImageVAEConfig(**IMAGE.to_diff_dict() | {"prior": "vamp", "prior_components": 4})),
+    "text": lambda: TextVAE(TextVAEConfig(vocab_size=9, hidden_size=4, latent_dim=3, mean_scale=0.5, prior="vamp", prior_components=4)),
+    "topic": lambda: TopicVAE(TopicVAEConfig(vocabulary=["a", "b"], latent_dim=3, dropout=0.0, prior="vamp", prior_components=4)),
+    "joint": lambda: MMVAE(MMVAEConfig(modalities={"image": IMAGE}, latent_dim=3, prior="vamp", prior_components=4)),
+}
+
+
+@pytest.mark.parametrize("make", WITH_STATISTICS.values(), ids=WITH_STATISTICS)
+def test_pseudo_inputs_are_normalised_by_the_statistics_of_data_and_leave_them(make):
+    model, z = make().eval(), torch.randn(5, 3)
+    with torch.no_grad():
+        for name, statistic in model.named_buffers():
+            if "running" in name:
+                statistic.add_(torch.rand(statistic.shape))
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    assert any("running" in name for name in before)
+    expected = model.prior().log_prob(z)
+    torch.testing.assert_close(model.train().prior().log_prob(z), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert all(part.training for part in model.modules())

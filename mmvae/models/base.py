@@ -17,10 +17,11 @@ from transformers.utils import ModelOutput
 from mmvae.aggregation import Posterior
 from mmvae.densities import build_density
 from mmvae.density import Density
+from mmvae.distributions import DiagNormal
 from mmvae.likelihoods import Scale
 from mmvae.models.configuration import VAEConfig
 from mmvae.models.pretrained import VerifiedModel
-from mmvae.nn import ScaledMean
+from mmvae.nn import ScaledMean, running_statistics
 from mmvae.noise import fold, keyed_normal
 from mmvae.objectives import Objective, elbo, log_weights
 from mmvae.priors import Prior
@@ -142,9 +143,14 @@ class VAE(VerifiedModel):
         """Log-likelihood of every modality under ``z`` (S, K, B, *event): (S, K, B) nats each."""
         raise NotImplementedError
 
-    def prior(self) -> Distribution:
-        """p(z), broadcasting over rows."""
+    def encode_pseudo_inputs(self, pseudo_inputs: Tensor) -> DiagNormal:
+        """q(z|u), batch (K,), of a VampPrior's pseudo-inputs (K, *)."""
         raise NotImplementedError
+
+    def prior(self) -> Distribution:
+        """p(z), broadcasting over rows; pseudo-inputs are normalised by the statistics of data and leave these as they are."""
+        with running_statistics(self):
+            return self.latent_prior(self.encode_pseudo_inputs, self.device)
 
     def hidden_layers(self) -> list[nn.Module]:
         """Whose outputs are the encoder's hidden states, for models that show them: what enters the first layer, then each layer."""

@@ -49,7 +49,7 @@ class ImageVAEConfig(ClassVAEConfig):
             the place, a joint model shares it: then 2 dimensions are private, otherwise 4.
         pose_window: side of the square that the object fits into at every angle, in sides of the picture; with a shift.
         spatial_latent: a latent of ``latent_dim`` channels at the bottom's resolution instead of a vector, for large pictures.
-        norm: "group", "batch" or "none"; "batch" not with a "vamp" prior, whose pseudo-inputs would move the statistics of the data.
+        norm: "group", "batch" or "none".
         dropout: inside residual blocks, [0, 1).
         likelihood: a key of ``mmvae.likelihoods.LIKELIHOODS``. "bernoulli" with ``binarize`` "none" is for data that is 0 or 1 already;
             "discretized_logistic" is about 256 levels and takes no other ``binarize``.
@@ -158,8 +158,6 @@ class ImageVAEConfig(ClassVAEConfig):
         if self.num_classes and (self.pose != "none" or self.spatial_latent):
             with_ = f"pose {self.pose!r}" if self.pose != "none" else "spatial_latent"
             raise ValueError(f"ImageVAEConfig.num_classes: received {self.num_classes} with {with_}, expected 0")
-        if self.prior == "vamp" and self.norm == "batch":
-            raise ValueError("ImageVAEConfig.norm: received 'batch', expected 'group' or 'none' with prior 'vamp'")
 
 
 class ImageVAE(ClassVAE, TiledModel):

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from transformers import AutoModel
 from transformers.utils.generic import can_return_tuple
 
@@ -193,11 +192,7 @@ class MMVAE(JointGeneration):
 
         return DiagNormal(placed(q.loc), placed(q.logvar)), None if states is None else placed(states)
 
-    def prior(self) -> Distribution:
-        """p(z), broadcasting over rows."""
-        return self.latent_prior(self._encode_pseudo_inputs, self.device)
-
-    def _encode_pseudo_inputs(self, pseudo_inputs: Tensor) -> DiagNormal:
+    def encode_pseudo_inputs(self, pseudo_inputs: Tensor) -> DiagNormal:
         """q(z|u) of pseudo-inputs of all modalities, one after the other in (K, *): the product of their experts."""
         shapes, dim = [vae.pseudo_input_shape for vae in self.vaes.values()], self.config.latent_dim
         parts = pseudo_inputs.split([math.prod(shape) for shape in shapes], 1)

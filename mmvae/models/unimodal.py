@@ -48,10 +48,6 @@ class VAEModel(VAE):
         """Shape of one pseudo-input of a VampPrior; () where the modality has none."""
         return ()
 
-    def encode_pseudo_inputs(self, pseudo_inputs: Tensor) -> DiagNormal:
-        """q(z|u), batch (K,), of a VampPrior's pseudo-inputs (K, *pseudo_input_shape)."""
-        raise NotImplementedError
-
     def build_prior(self) -> nn.Module:
         """The prior that the configuration names."""
         return PRIORS[self.config.prior](self.latent_shape, self.config.prior_components, self.pseudo_input_shape)
@@ -79,7 +75,3 @@ class VAEModel(VAE):
     @staticmethod
     def _only(names: tuple[str, ...], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for name, value in inputs.items() if name in names}
-
-    def prior(self) -> Distribution:
-        """p(z), broadcasting over rows."""
-        return self.latent_prior(self.encode_pseudo_inputs, self.device)
