@@ -23,7 +23,7 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -46,14 +46,20 @@ def _sum(terms: Terms, value: Tensor) -> Tensor:
     return (terms.q.mixture.log_weights > -math.inf).sum(0) * _mean(terms, value)
 
 
-def elbo(terms: Terms, beta: float = 1.0, free_bits: float = 0.0, free_bits_per: str = "dimension", divergence: str = "mixture") -> Tensor:
+def elbo(
+    terms: Terms,
+    beta: float = 1.0,
+    free_bits: float | Mapping[str, float] = 0.0,
+    free_bits_per: str = "dimension",
+    divergence: str = "mixture",
+) -> Tensor:
     r"""Evidence lower bound, :math:`\mathbb E_q[\log p(x|z)] - \beta\,\mathrm{KL}(q \| p)`, in nats.
 
     Arguments:
         terms: see :class:`Terms`.
         beta: weight of the divergence.
-        free_bits: floor of the divergence in nats, per group; 0 is off.
-        free_bits_per: the group, see :func:`free_bits`.
+        free_bits: floor of the divergence in nats, per group; 0 is off. Of several groups: ``{"unit": 0.1, "row": 6.0}``.
+        free_bits_per: the group, see :func:`mmvae.terms.free_bits`.
         divergence: "mixture", or "components" for the upper bound :math:`\sum_k \pi_k \mathrm{KL}(q_k \| p)` of MoPoE, which needs no
             samples and has free bits per dimension.
 

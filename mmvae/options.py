@@ -119,7 +119,9 @@ class RunArguments:
             ValueError: for free bits per dimension or unit that were asked for.
         """
         options = self.objective_options
-        if prior == "standard_normal" or not options.get("free_bits") or options.get("free_bits_per") in ("row", "batch"):
+        floor = options.get("free_bits")
+        groups = set(floor) if isinstance(floor, Mapping) else {options.get("free_bits_per", "dimension")}
+        if prior == "standard_normal" or not floor or groups <= {"row", "batch"}:
             return
         if options != mapping("objective_options", type(self).objective_options):
             raise ValueError(f"objective_options: received {options} with prior {prior!r}, expected free_bits_per 'row' or 'batch'")

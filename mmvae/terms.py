@@ -7,6 +7,7 @@ References:
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -112,12 +113,13 @@ def free_bits(kl: Tensor, nats: float, per: str = "dimension") -> Tensor:
     return kl.clamp_min(nats)
 
 
-def kl_to_prior(terms: Terms, floor: float = 0.0, per: str = "dimension", divergence: str = "mixture") -> Tensor:
+def kl_to_prior(terms: Terms, floor: float | Mapping[str, float] = 0.0, per: str = "dimension", divergence: str = "mixture") -> Tensor:
     """KL(q || p) of every sample and component in nats, in closed form where there is one, with free bits on the share of z.
 
     Arguments:
         terms: see :class:`Terms`.
-        floor, per: see :func:`free_bits`; 0 is off.
+        floor, per: see :func:`free_bits`; 0 is off. Floors of several groups by their names, instead: those of dimensions and units come
+            first, and what they make of a row's divergence meets the others.
         divergence: "mixture" for that of the whole posterior, "components" for that of each component, whose mean is an upper bound of it.
 
     Returns:
@@ -130,15 +132,21 @@ def kl_to_prior(terms: Terms, floor: float = 0.0, per: str = "dimension", diverg
         raise ValueError(f"divergence: received {divergence!r}, expected 'mixture' or 'components'")
     each = divergence == "components" or terms.log_pk is not None or terms.q.mixture.components.batch_shape[0] == 1
     q = terms.drawn_from() if each else terms.q.mixture
-    by_dimension = per in ("dimension", "unit")
+    floors = floor if isinstance(floor, Mapping) else {per: floor} if floor else {}
+    by_dimension = [group for group in floors if group not in ("row", "batch")]
     if isinstance(q, DiagNormal) and isinstance(terms.prior, DiagNormal):
         value = q.kl_per_dimension(terms.prior).flatten(-len(q.event_shape))
-        value = (free_bits(value, floor, per) if floor and by_dimension else value).sum(-1)
-    elif floor and by_dimension:
-        raise ValueError(f"free_bits_per: received {per!r} with a mixture, expected 'row' or 'batch' (the KL has no dimensions)")
+        for group in by_dimension:
+            value = free_bits(value, floors[group], group)
+        value = value.sum(-1)
+    elif by_dimension:
+        raise ValueError(
+            f"free_bits_per: received {by_dimension[0]!r} with a mixture, expected 'row' or 'batch' (the KL has no dimensions)"
+        )
     else:
         value = q.log_prob(terms.z) - terms.prior.log_prob(terms.z)
-    value = free_bits(value, floor, per) if floor and not by_dimension else value
+    for group in [group for group in floors if group not in by_dimension]:
+        value = free_bits(value, floors[group], group)
     if terms.log_pk is not None:
         value = value + present(terms.weights()) - terms.log_pk
     return value.expand(terms.z.shape[:3]) - sum(terms.private.values())

@@ -107,11 +107,13 @@ def test_free_bits_suit_the_prior(prior):
     args.suit_prior(prior, 8)
     assert args.objective_options == {"free_bits": 2.0, "free_bits_per": "row"}
     per_row = {"free_bits": 3.0, "free_bits_per": "row"}
-    asked = FreeBits(objective_options=per_row)
-    asked.suit_prior(prior, 8)
-    assert asked.objective_options == per_row
-    with pytest.raises(ValueError, match=f"objective_options: received {{'free_bits': 0.1}} with prior '{prior}', expected free_bits_per"):
-        FreeBits(objective_options={"free_bits": 0.1}).suit_prior(prior, 8)
+    for options in (per_row, {"free_bits": {"row": 3.0}}):
+        asked = FreeBits(objective_options=options)
+        asked.suit_prior(prior, 8)
+        assert asked.objective_options == options
+    for options in ({"free_bits": 0.1}, {"free_bits": {"unit": 0.1, "row": 3.0}}):
+        with pytest.raises(ValueError, match=f"objective_options: received .* with prior '{prior}', expected free_bits_per"):
+            FreeBits(objective_options=options).suit_prior(prior, 8)
 
 
 def test_precision(monkeypatch):

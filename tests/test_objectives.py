@@ -319,6 +319,12 @@ def test_elbo_with_free_bits():
         ("batch", per_dimension.sum(1)),
     ):
         torch.testing.assert_close(elbo(t, 0.5, free_bits=0.8, free_bits_per=per), log_px - 0.5 * floor)
+    units = torch.where(per_dimension.mean(0) > 0.8, per_dimension, torch.tensor(0.8)).sum(1)
+    for floors in ({"unit": 0.8, "row": 2.0}, {"row": 2.0, "unit": 0.8}):
+        torch.testing.assert_close(elbo(t, 0.5, free_bits=floors), log_px - 0.5 * units.clamp_min(2.0))
+    torch.testing.assert_close(elbo(t, 0.5, free_bits={"row": 0.8}), elbo(t, 0.5, free_bits=0.8, free_bits_per="row"))
+    with pytest.raises(ValueError, match="free_bits_per: received 'word', expected 'dimension'"):
+        elbo(t, free_bits={"word": 1.0})
     huge = elbo(t, 1.0, free_bits=100.0, free_bits_per="batch")
     torch.testing.assert_close(huge, log_px - 100.0)
     mixture = terms(prior=GaussianMixture(DiagNormal(torch.zeros(2, 1, 2), torch.zeros(2, 1, 2)), torch.zeros(2, 1)))
