@@ -26,7 +26,7 @@ LR_SCHEDULES = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau",
 class RunArguments:
     """Options of every recipe. Options that take options are JSON on the command line and mappings in a config file."""
 
-    dataset: str = field(default="sprites:5", metadata={"help": "Hub id, local folder or file, or sprites:LEVEL[:ROWS] (built in)"})
+    dataset: str = field(default="sprites:5", metadata={"help": "Hub id, local folder or file, or sprites:LEVEL[:ROWS[:SHAPE]] (built in)"})
     output_dir: str = field(default="outputs/run", metadata={"help": "the model folder; checkpoints/ lies inside"})
     streaming: bool = field(default=False, metadata={"help": "read rows as they are needed: sets larger than memory or disk"})
     max_length: int = field(default=512, metadata={"help": "most tokens in a row, BOS and EOS included"})
@@ -51,7 +51,7 @@ class RunArguments:
     compile: bool = field(default=False, metadata={"help": "torch.compile the model's trunks"})
     kl_schedule: str = field(default="linear", metadata={"help": "constant, linear, sigmoid or cyclical, in optimizer steps"})
     kl_options: str = field(default='{"steps": 500}', metadata={"help": "its arguments; steps may be a share, 0.2 of the run's"})
-    objective: str = field(default="elbo", metadata={"help": "elbo, iwae or dreg"})
+    objective: str = field(default="elbo", metadata={"help": "elbo, capacity, iwae, dreg; of joint models also mvae, jmvae, mvtcae, mmvm"})
     objective_options: str = field(default="{}", metadata={"help": 'for example {"free_bits": 0.1}'})
     num_samples: int = field(default=1, metadata={"help": "posterior samples per row in training"})
     phases: str = field(default="[]", metadata={"help": "parts of the run that differ in these four, or train or reset a part: phases.py"})
@@ -62,7 +62,7 @@ class RunArguments:
     log_every: int = 50
     save_every: int = 500
     keep: int = field(default=2, metadata={"help": "checkpoints kept besides the best"})
-    resume: str = field(default="auto", metadata={"help": "auto, never, or the path of a checkpoint"})
+    resume: str = field(default="auto", metadata={"help": "auto, the path of a checkpoint, or never: the folder must have none"})
     allow_changes: list[str] = field(default_factory=list, metadata={"help": "what a resumed run may have otherwise: names of its refusal"})
     tracker: str | None = field(default=None, metadata={"help": "tensorboard, trackio or wandb"})
     push_to_hub: bool = False
@@ -71,6 +71,8 @@ class RunArguments:
     hub_token: str | None = field(default=None, metadata={"help": "by default that of `hf auth login` or HF_TOKEN"})
 
     monitors: ClassVar[tuple[str, ...]] = ("neg_elbo_nats", "reconstruction_nats", "kl_nats", "last")
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Options that are off because a recipe cannot serve them, and why; of "on_bad_row" it is "skip" that is."""
 
     def __post_init__(self) -> None:
         for name, table in (("kl_schedule", SCHEDULES), ("objective", OBJECTIVES), ("lr_schedule", LR_SCHEDULES)):
@@ -94,6 +96,10 @@ class RunArguments:
             whole = "" if isinstance(value, int) else " and whole"
             if value is not None and (whole or value < least):
                 raise ValueError(f"{name}: received {value}, expected at least {least}{whole}")
+        for name, why in self.refused.items():
+            if getattr(self, name) is True or getattr(self, name) == "skip":
+                expected = "False" if name != "on_bad_row" else "'error' or 'skip_empty'"
+                raise ValueError(f"{name}: received {getattr(self, name)!r}, expected {expected}: {why}")
         if self.on_bad_row not in ON_BAD_ROW:
             raise ValueError(f"on_bad_row: received {self.on_bad_row!r}, expected one of {', '.join(ON_BAD_ROW)}")
         if not 0 <= self.most_bad_rows <= 1:
@@ -126,6 +132,11 @@ class RunArguments:
         if options != mapping("objective_options", type(self).objective_options):
             raise ValueError(f"objective_options: received {options} with prior {prior!r}, expected free_bits_per 'row' or 'batch'")
         self.objective_options = {"free_bits": latent_dim * options["free_bits"], "free_bits_per": "row"}
+
+
+def suited_pose(pose: str, dataset: str) -> str:
+    """A picture's pose as it was asked for; "auto" is that of the built-in sprites, one object on a plain background, and else "none"."""
+    return pose if pose != "auto" else "rotation+shift" if dataset.split(":")[0] == "sprites" else "none"
 
 
 def mapping(name: str, value: str | Mapping[str, Any]) -> dict[str, Any]:

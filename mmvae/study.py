@@ -3,10 +3,10 @@
 Shapes: ``n`` repetitions, such as draws of the labels; ``N`` rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from accelerate import Accelerator
@@ -46,6 +46,12 @@ class StudyRun(RunArguments):
     max_grad_norm: float | None = None
     kl_options: str = '{"steps": 100}'
     log_every: int = 200
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "streaming": "a study draws rows by their numbers",
+        "on_bad_row": "a study draws rows by their numbers; recipes/check_data.py lists bad ones",
+        "push_to_hub": "a study has figures, and many models",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
     accelerate launch recipes/image_vae.py --config recipes/configs/angle_hearts.yaml
     accelerate launch recipes/angle.py --model outputs/angle_hearts --dataset sprites:3:10000:heart
-    accelerate launch recipes/angle.py --model outputs/turned_mnist outputs/turned_mnist_plain --dataset turned:path/to/mnist
+    accelerate launch recipes/angle.py --model outputs/angle_mnist outputs/angle_mnist_none --dataset turned:path/to/mnist
 
 No model here has seen an angle. Of a model with a pose: the mean absolute error in degrees, modulo the symmetry of the shape, after one
 offset that is fitted to the validation rows, and the circular correlation. Of every model: the share of the variance of (cos, sin) that a

@@ -80,14 +80,15 @@ class ClassifierRun(RunArguments):
     monitor: str = "error"
 
     monitors: ClassVar[tuple[str, ...]] = ("error", "cross_entropy_nats", "last")
+    refused: ClassVar[dict[str, str]] = {
+        "streaming": "the classes of all rows are looked at before the first step",
+        "compile": "a classifier's encoder is not compiled",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.head_only and (self.joint or not self.vae):
             raise ValueError(f"head_only: received True with joint={self.joint}, vae={self.vae}, expected a trained VAE, and not jointly")
-        for option in ("streaming", "compile"):
-            if getattr(self, option):
-                raise ValueError(f"{option}: received True, expected False: the classes of all rows are looked at before the first step")
         self.label = self.label or ("shape" if self.dataset.startswith("sprites") else None)
 
 

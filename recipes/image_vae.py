@@ -22,7 +22,7 @@ from mmvae.data.partly_labelled import LabelArguments, partly_labelled
 from mmvae.density_fitting import unfitted
 from mmvae.evaluation import binarization
 from mmvae.experiment import RunArguments, finish, image_processor, make_loaders, parse, start, train
-from mmvae.options import mapping
+from mmvae.options import mapping, suited_pose
 from mmvae.pictures import grid, reconstructions, traversals
 
 
@@ -113,8 +113,7 @@ def main() -> None:
     """Load, train, evaluate, write the model folder."""
     args, image = parse(ImageRun, ImageArguments)
     args.suit_prior(image.prior, image.latent_dim)
-    if image.pose == "auto":
-        image.pose = "rotation+shift" if args.dataset.startswith("sprites") else "none"
+    image.pose = suited_pose(image.pose, args.dataset)
     accelerator = start(args)
     data = splits(args.dataset, streaming=args.streaming, on_bad_row=args.on_bad_row)
     name = find_column(data["train"], "image", image.image_column)

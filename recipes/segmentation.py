@@ -26,11 +26,11 @@ from mmvae.metrics import overlaps
 from mmvae.models.segmentation import UNLABELLED
 from mmvae.noise import fold
 from mmvae.optimization import unwrap
-from mmvae.options import mapping
+from mmvae.options import mapping, suited_pose
 from mmvae.pictures import grid, overlaid
 from mmvae.training import evaluate
 
-SPRITES = '{"latent_dim": 16, "pose": "rotation+shift", "hidden_channels": [32, 64, 64], "likelihood": "gaussian", "scale_mode": "optimal"}'
+SPRITES = '{"latent_dim": 16, "pose": "auto", "hidden_channels": [32, 64, 64], "likelihood": "gaussian", "scale_mode": "optimal"}'
 _MASKS = 0x6D61736B
 
 
@@ -93,7 +93,8 @@ def build(args: SegmentationRun, masks: SegmentationArguments) -> ImageVAEForSem
             raise ValueError(f"mask_values: received {masks.mask_values}, expected {saved.num_labels} of them, the classes of {masks.vae}")
         model = ImageVAEForSemanticSegmentation.from_pretrained(masks.vae, dtype="float32", **labels)
     else:
-        model = ImageVAEForSemanticSegmentation(ImageVAEConfig(**masks.architecture, **labels))
+        fields = masks.architecture | {"pose": suited_pose(masks.architecture.get("pose", "none"), args.dataset)}
+        model = ImageVAEForSemanticSegmentation(ImageVAEConfig(**fields, **labels))
     model.config.classifier_alpha = args.alpha if args.joint else None
     if masks.mask_column == "alpha" and model.config.num_channels != 3:
         raise ValueError(f"num_channels: received {model.config.num_channels} with --mask_column alpha, expected 3, which then stay")

@@ -9,6 +9,7 @@ classes of pictures or texts, and draws them by class. Results: see the configs.
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,11 @@ class StackedRun(RunArguments):
     importance_samples: int = 0
     kl_schedule: str = "constant"
     kl_options: str = "{}"
+
+    refused: ClassVar[dict[str, str]] = {
+        "streaming": "labels are drawn and spread over rows by their numbers",
+        "on_bad_row": "labels are drawn and spread over rows by their numbers; recipes/check_data.py lists bad ones",
+    }
 
 
 DATA = ("modality", "augmentation", "spread_neighbours", "spread_least", "label_column", "labels_per_class", "label_repeats", "label_seed")

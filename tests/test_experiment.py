@@ -14,6 +14,9 @@ from mmvae import ImageVAE, ImageVAEConfig, checkpoint
 from mmvae.checkpoint import CheckpointError
 from mmvae.data import ImageColumn, Loader, Rows
 from mmvae.experiment import RunArguments, parse, precision, start, train, vae_step
+from mmvae.options import suited_pose
+from mmvae.processing import train_tokenizer
+from mmvae.study import StudyRun
 
 
 @dataclass
@@ -114,6 +117,20 @@ def test_free_bits_suit_the_prior(prior):
     for options in ({"free_bits": 0.1}, {"free_bits": {"unit": 0.1, "row": 3.0}}):
         with pytest.raises(ValueError, match=f"objective_options: received .* with prior '{prior}', expected free_bits_per"):
             FreeBits(objective_options=options).suit_prior(prior, 8)
+
+
+@pytest.mark.parametrize("given", [{"streaming": True}, {"on_bad_row": "skip"}, {"push_to_hub": True}])
+def test_what_a_recipe_cannot_serve_is_refused_by_name(given):
+    StudyRun()
+    ((name, value),) = given.items()
+    with pytest.raises(ValueError, match=rf"{name}: received {value!r}, expected ('error' or 'skip_empty'|False): a study"):
+        StudyRun(**given)
+
+
+@pytest.mark.parametrize(("dataset", "pose"), [("sprites:5", "rotation+shift"), ("sprites", "rotation+shift"), ("sprites_of_mine", "none")])
+def test_a_pose_suits_the_data(dataset, pose):
+    assert suited_pose("auto", dataset) == pose
+    assert suited_pose("rotation", dataset) == "rotation"
 
 
 def test_precision(monkeypatch):
