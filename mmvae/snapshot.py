@@ -84,10 +84,12 @@ def load_weights(model: nn.Module, folder: str | Path, *, entry: str = "model", 
     state, _ = checkpoint.load(folder)
     if entry not in state:
         raise CheckpointError(f"{folder}: has no entry {entry!r}, only {sorted(state)}")
-    weights = dict(state[entry])
-    for name, average in state.get(ema, {"weights": {}})["weights"].items():
-        weights[name] = average.to(weights[name].dtype)
-    model = unwrap(model)
+    weights, averages = dict(state[entry]), state.get(ema, {"weights": {}})["weights"]
+    model, first = unwrap(model), {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        averaged = first.setdefault(id(parameter), name)  # a tied weight is averaged once, by its first name
+        if averaged in averages and name in weights:
+            weights[name] = averages[averaged].to(weights[name].dtype)
     _check(f"{folder}: entry {entry!r}", model, weights)
     model.load_state_dict(weights)
 

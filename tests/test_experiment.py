@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from mmvae import ImageVAE, ImageVAEConfig, checkpoint
+from mmvae import ImageVAE, ImageVAEConfig, TextVAE, TextVAEConfig, checkpoint
 from mmvae.checkpoint import CheckpointError
-from mmvae.data import ImageColumn, Loader, Rows
+from mmvae.data import ImageColumn, Loader, Rows, TextColumn
 from mmvae.experiment import RunArguments, parse, precision, start, train, vae_step
 from mmvae.options import suited_pose
 from mmvae.processing import train_tokenizer
@@ -174,6 +174,20 @@ def test_what_is_shown_are_the_weights_that_are_kept(tmp_path):
     assert all(torch.equal(x, averages[name]) for name, x in seen[-1][1].items())
     assert any(not torch.equal(x, weights[name]) for name, x in seen[-1][1].items())
     assert result.best_step in (3, 6)
+
+
+def test_a_tied_weight_is_published_as_averaged(tmp_path):
+    """It has two names in the state, and one in the average."""
+    _, args, _, _ = make(tmp_path, ema_decay=0.5, importance_samples=0, batch_size=4, learning_rate=0.1)
+    texts = [f"w{i % 3} w{i % 5}" for i in range(12)]
+    tokenizer = train_tokenizer(texts)
+    rows = Rows(Dataset.from_dict({"text": texts}), TextColumn("text", tokenizer))
+    model = TextVAE(TextVAEConfig(vocab_size=len(tokenizer), hidden_size=8, embedding_size=8, latent_dim=2, tie_word_embeddings=True))
+    result = train(start(args), args, model, {"train": Loader(rows, 4), "validation": Loader(rows, 4, shuffle=False)})
+    state, _ = checkpoint.load(result.checkpoint)
+    average = state["ema"]["weights"]["decoder.embed_tokens.weight"]
+    assert not torch.equal(average, state["model"]["lm_head.weight"])
+    assert torch.equal(model.lm_head.weight, average) and model.lm_head.weight is model.decoder.embed_tokens.weight
 
 
 def test_the_monitored_figure_decides_what_is_kept(tmp_path):
