@@ -27,7 +27,7 @@ from mmvae.hub import push, write_card, write_metrics
 from mmvae.noise import fold
 from mmvae.optimization import EMA, unwrap, update
 from mmvae.options import RunArguments, parse
-from mmvae.phases import begin, build_phases, part_of, phase_at
+from mmvae.phases import begin, build_phases, check_resets, part_of, phase_at
 from mmvae.processing import ImageVAEImageProcessor, load_tokenizer, train_tokenizer
 from mmvae.record import public, without_place
 from mmvae.training import Result, fit, load_weights
@@ -143,7 +143,7 @@ def vae_step(
         phase = phase_at(phases, n)
         beta, part = phase.beta(n), phase.part(n)
         if n == phase.start:
-            begin(phase, model, stepping["optimizer"], args.seed)
+            begin(phase, model, stepping["optimizer"], args.seed, stepping.get("ema"))
         share = accelerator.num_processes / batch["num_rows"]
         sums: dict[str, Tensor] = {}
 
@@ -193,6 +193,7 @@ def train(
     if args.max_steps is None and loaders["train"].num_rows is None:
         raise ValueError("max_steps: received None with streaming, expected a number: how many steps an epoch of a stream has is not known")
     steps = args.num_epochs * len(loaders["train"]) if args.max_steps is None else args.max_steps
+    check_resets(build_phases(vars(args), args.phases), model)
     args = args.in_steps(steps)  # so a longer run whose shares are more steps is told as another one
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]

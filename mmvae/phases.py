@@ -28,7 +28,7 @@ from torch import nn
 from mmvae.models.configuration import bind
 from mmvae.noise import fold
 from mmvae.objectives import OBJECTIVES, Objective
-from mmvae.optimization import unwrap
+from mmvae.optimization import EMA, unwrap
 from mmvae.schedules import SCHEDULES, Schedule
 
 PARTS = ("inference", "generation", "all")
@@ -142,17 +142,29 @@ def part_of(model: nn.Module, part: str) -> set[str]:
     return {"inference": inference, "generation": names - inference, "all": names}[part]
 
 
+def check_resets(phases: Sequence[Phase], model: nn.Module) -> None:
+    """Refuse a new decoder whose embedding is the encoder's, too, which that phase is to keep: ValueError."""
+    shared = any(getattr(getattr(module, "config", None), "share_embeddings", False) for module in model.modules())
+    if shared and any(phase.reset == "generation" for phase in phases):
+        raise ValueError("reset: received 'generation' with share_embeddings, expected an encoder with an embedding of its own")
+
+
 @torch.no_grad()
-def begin(phase: Phase, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """Give the part that a phase resets new weights, the same on every rank, and forget its moments."""
+def begin(phase: Phase, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, ema: EMA | None = None) -> None:
+    """Give the part that a phase resets new weights, the same on every rank, and forget its moments and averages."""
     if phase.reset is None:
         return
     plain, inner = unwrap(model), getattr(optimizer, "optimizer", optimizer)
     parameters = dict(plain.named_parameters())
     new = part_of(plain, phase.reset)
     torch.manual_seed(fold(seed, phase.start, _RESET))
-    for name, module in plain.named_modules():
+    modules = dict(plain.named_modules())
+    for name, module in reversed(modules.items()):  # so that of tied weights the first name's module has the last word, as in a new model
         if not new.isdisjoint(f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)):
-            plain._init_weights(module)
+            while not hasattr(modules[name], "_init_weights"):  # the nearest model around it knows how it starts
+                name = name.rpartition(".")[0]
+            modules[name]._init_weights(module)
     for name in new:
         inner.state.pop(parameters[name], None)
+        if ema is not None and name in ema.weights:
+            ema.weights[name].copy_(parameters[name])

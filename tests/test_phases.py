@@ -6,11 +6,12 @@ import pytest
 import torch
 from test_experiment import make
 
-from mmvae import MMVAE, ImageVAEConfig, MMVAEConfig, TextVAE, TextVAEConfig, TextVAEForSequenceClassification, checkpoint
+from mmvae import MMVAE, ImageVAEConfig, MMVAEConfig, TextVAE, TextVAEConfig, TextVAEForSequenceClassification, TopicVAEConfig, checkpoint
 from mmvae.checkpoint import CheckpointError
 from mmvae.experiment import RunArguments, train, vae_step
 from mmvae.objectives import elbo
-from mmvae.phases import build_phases, part_of, phase_at
+from mmvae.optimization import EMA
+from mmvae.phases import begin, build_phases, check_resets, part_of, phase_at
 from mmvae.schedules import in_steps
 
 RUN = {"kl_schedule": "linear", "kl_options": {"steps": 4}, "objective": "elbo", "objective_options": {"free_bits": 0.5}, "num_samples": 1}
@@ -158,6 +159,31 @@ def test_a_reset_gives_one_part_new_weights_and_moments(tmp_path):
     step(batch, 2)  # the same step again, as after a stop: the same weights
     assert not changed(fresh, model)
     assert all(fresh[name].std() < 3 * before[name].std() + 1e-6 for name in new)
+
+
+def test_a_reset_is_as_a_new_model_and_its_average_begins_anew():
+    """Every module starts as its own model has it, a tied table as the embedding does."""
+    text = TextVAEConfig(vocab_size=500, embedding_size=16, hidden_size=16, latent_dim=2, tie_word_embeddings=True)
+    topics = TopicVAEConfig(vocabulary=["a", "b"], latent_dim=2, prior="standard_normal")
+    model = MMVAE(MMVAEConfig(modalities={"text": text, "topics": topics}, latent_dim=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(10)
+    ema = EMA(model)
+    phases = build_phases(RUN, [{"steps": 1}, {"reset": "generation"}])
+    begin(phases[1], model, torch.optim.AdamW(model.parameters()), 0, ema)
+    new = part_of(model, "generation")
+    assert {name for name, p in model.named_parameters() if p.abs().max() < 5} == new
+    assert all(torch.equal(ema.weights[name], p) for name, p in model.named_parameters())
+    table = model.vaes["text"].decoder.embed_tokens.weight
+    assert table is model.vaes["text"].lm_head.weight and 0.09 < table.std() < 0.11
+
+
+def test_a_new_decoder_leaves_the_encoder_its_embedding():
+    phases = build_phases(RUN, [{"steps": 1}, {"reset": "generation"}])
+    check_resets(phases, TextVAE(TextVAEConfig(vocab_size=9, latent_dim=2)))
+    with pytest.raises(ValueError, match="reset: received 'generation' with share_embeddings, expected an encoder with an embedding of"):
+        check_resets(phases, TextVAE(TextVAEConfig(vocab_size=9, latent_dim=2, share_embeddings=True)))
 
 
 PHASES = [
