@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from mmvae.coherence import class_coherence, without_densities
-from mmvae.data import ImageColumn, LabelColumn, Loader, Rows, find_classes
+from mmvae.data import ImageColumn, LabelColumn, Loader, Rows, TextColumn, find_classes
 from mmvae.joint_processing import MMVAEProcessor
 from mmvae.models.mmvae import MMVAE
 
@@ -166,7 +166,7 @@ def labelled_coherence(
             network = picture_classifier(known, column, label, seed=seed, device=accelerator.device)
             figures[f"{name}/classifier_accuracy"] = picture_accuracy(network, data, column, label, classes)
             classifiers[name] = network.classify
-        else:
+        elif isinstance(column, TextColumn):
             classifiers[name] = partial(_read, processor, name, text_classifier(list(known[column.name]), known_labels))
     options = {"num_rows": num_generated, "num_generated": num_generated, "seed": seed}
     figures |= class_coherence(accelerator, model, rows, classifiers, labels, **options)

@@ -1,4 +1,4 @@
-"""One processor for all modalities of a joint model: raw pictures and sentences, any of them missing, to its inputs.
+"""One processor for all modalities of a joint model: raw pictures, sentences and documents, any of them missing, to its inputs.
 
 A folder holds ``processor_config.json``, which names the parts in the order of the model's modalities, and each part in a
 folder of the modality's name, so that two tokenizers do not overwrite each other.
@@ -8,6 +8,7 @@ Shapes: ``B`` batch, ``M`` modalities, ``C`` channels, ``H, W`` height and width
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from mmvae.folder import naming
 from mmvae.models.configuration import input_name, prefixes
 from mmvae.models.inherited import nearest
 from mmvae.processing import decode_text
+from mmvae.vectorizer import TopicVAEVectorizer
 
 __all__ = ["MMVAEProcessor"]
 
 _KINDS = {
     "image_processor": (BaseImageProcessor, AutoImageProcessor, "preprocessor_config.json"),
     "tokenizer": (PreTrainedTokenizerBase, AutoTokenizer, "tokenizer.json or tokenizer_config.json"),
+    "vectorizer": (TopicVAEVectorizer, TopicVAEVectorizer, "preprocessor_config.json"),
 }
 _IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -35,20 +38,20 @@ def _kind(name: str, part: Any) -> str:
     for kind, (base, *_) in _KINDS.items():
         if isinstance(part, base):
             return kind
-    raise TypeError(f"modalities[{name!r}]: got {type(part).__name__}, expected an image processor or a tokenizer")
+    raise TypeError(f"modalities[{name!r}]: got {type(part).__name__}, expected an image processor, a tokenizer or a vectorizer")
 
 
 class MMVAEProcessor(ProcessorMixin):
-    """The image processors and tokenizers of a joint model, by modality, in the order of the columns of ``present``.
+    """The image processors, tokenizers and vectorizers of a joint model, by modality, in the order of the columns of ``present``.
 
     ``save_pretrained`` may write into the model's folder; ``AutoProcessor.from_pretrained`` reads it after ``import mmvae``.
 
     Arguments:
-        modalities: image processors and tokenizers by name; names are identifiers.
+        modalities: image processors, tokenizers and, of topics, vectorizers by name; names are identifiers.
 
     Raises:
         ValueError: no modality, or a name that is no identifier.
-        TypeError: a part that is neither.
+        TypeError: a part that is none of these.
 
     Example:
         >>> from mmvae.processing import ImageVAEImageProcessor, train_tokenizer
@@ -104,11 +107,11 @@ class MMVAEProcessor(ProcessorMixin):
             return_tensors: as for every processor.
             padding, truncation, max_length: of every tokenizer.
             images_kwargs: options of every image processor.
-            named: the same by modality, ``en=[...], de=[...]``.
+            named: the same by modality, ``en=[...], de=[...]``; documents for topics are given in no other way.
 
         Returns:
             The inputs of the modalities that were given, batch first. If a list held ``None`` also ``present`` (B,M) bool, and what
-            stands in the place of what is absent is finite: black pixels, BOS EOS.
+            stands in the place of what is absent is finite: black pixels, BOS EOS, no words.
 
         Raises:
             ValueError: nothing given, an unknown modality, ``images`` or ``text`` where several modalities could be meant, different
@@ -116,7 +119,7 @@ class MMVAEProcessor(ProcessorMixin):
         """
         given = self._given(images, text, named)
         rows = {name: values if isinstance(values, list | tuple) else None for name, values in given.items()}
-        options = {"image_processor": dict(images_kwargs or {}), "tokenizer": {"padding": padding}}
+        options = {"image_processor": dict(images_kwargs or {}), "tokenizer": {"padding": padding}, "vectorizer": {}}
         options["tokenizer"] |= {} if truncation is None else {"truncation": truncation}
         options["tokenizer"] |= {} if max_length is None else {"max_length": max_length}
         batch: dict[str, Any] = {}
@@ -201,7 +204,7 @@ class MMVAEProcessor(ProcessorMixin):
             config: the model's ``MMVAEConfig``.
 
         Raises:
-            ValueError: other modalities or another order, another size of the vocabulary, other special tokens, other pictures.
+            ValueError: other modalities or another order, another size of the vocabulary, other special tokens, words or pictures.
         """
         if list(config.modalities) != list(self.parts):
             raise ValueError(
@@ -210,6 +213,10 @@ class MMVAEProcessor(ProcessorMixin):
         for name, child in config.modalities.items():
             for field, (got, expected) in self._facts(name, child).items():
                 if got != expected:
+                    if isinstance(got, list):  # of words
+                        place, pair = next((n, pair) for n, pair in enumerate(zip_longest(got, expected)) if pair[0] != pair[1])
+                        words = zip((got, expected), pair, strict=True)
+                        got, expected = (f"of {len(all_)} words, number {place} {word!r}" for all_, word in words)
                     raise ValueError(f"processor of {name!r}: got {field} {got}, expected the model's, {expected}")
 
     def _facts(self, name: str, child: Any) -> dict[str, tuple[Any, Any]]:
@@ -217,6 +224,8 @@ class MMVAEProcessor(ProcessorMixin):
         part = self.parts[name]
         if self.kinds[name] == "tokenizer":
             facts = {"vocab_size": len(part)} | {field: getattr(part, field) for field in _IDS}
+        elif self.kinds[name] == "vectorizer":
+            facts = {"vocabulary": part.vocabulary}
         else:
             size = part.size
             facts = {"num_channels": getattr(part, "num_channels", 3), "image_size": (size["height"], size["width"])}
@@ -225,7 +234,7 @@ class MMVAEProcessor(ProcessorMixin):
             raise ValueError(f"processor of {name!r}: got {type(part).__name__}, expected one that suits a {child.model_type!r} model")
         if isinstance(stated.get("image_size"), int):
             stated["image_size"] = (stated["image_size"],) * 2
-        return {f: (facts[f], tuple(s) if isinstance(s, list) else s) for f, s in stated.items() if s is not None}
+        return {f: (facts[f], tuple(s) if f == "image_size" else s) for f, s in stated.items() if s is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """What ``processor_config.json`` holds: the parts' names and kinds, in order."""

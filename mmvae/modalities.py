@@ -88,11 +88,12 @@ def new_modalities(
         ValueError: a column that is not there, or that two modalities would have.
     """
     made: dict[str, NewModality] = {}
+    shared = {"prior": "standard_normal"} if len(kinds) > 1 else {}  # that of the joint latent is the joint model's
     for name, (kind, column) in kinds.items():
         source = _found(data, kind, column or (name if name in (data.column_names or ()) else None))
         if source in {part.column.name for part in made.values()}:
             raise ValueError(f"modalities: column {source!r} is taken already, expected another one for {name!r}: {name}:{kind}:column")
-        made[name] = new_modality(kind, data, source, fields.get(name, {}), **options)
+        made[name] = new_modality(kind, data, source, {**shared, **fields.get(name, {})}, **options)
     return made
 
 

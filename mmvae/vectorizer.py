@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import BatchFeature
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
@@ -39,6 +40,8 @@ class TopicVAEVectorizer(FeatureExtractionMixin):
         >>> vectorizer = TopicVAEVectorizer.fit(["The goal of the game", "a game, a vote"], stop_words="english")
         >>> vectorizer.vocabulary, vectorizer("Game after game")["word_counts"].tolist()
         (['game', 'goal', 'vote'], [[2.0, 0.0, 0.0]])
+        >>> vectorizer.words(torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 0.0]]))
+        ['vote game', '']
     """
 
     model_input_names = ["word_counts"]
@@ -89,6 +92,12 @@ class TopicVAEVectorizer(FeatureExtractionMixin):
         counted = _vectorizer(self.options, {word: number for number, word in enumerate(self.vocabulary)}).transform(texts)
         counted.sort_indices()
         return counted
+
+    def words(self, counts: Tensor, top_k: int = 10) -> list[str]:
+        """The most frequent words of each document, from counts or probabilities (B, V), as a line of text; none of what is 0."""
+        values, numbers = counts.topk(min(top_k, len(self.vocabulary)))
+        documents = zip(values.tolist(), numbers.tolist(), strict=True)
+        return [" ".join(self.vocabulary[n] for value, n in zip(*document, strict=True) if value > 0) for document in documents]
 
     def __call__(self, text: str | Sequence[str], return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """Counts of a document, or of each of a list; see the class."""

@@ -131,7 +131,8 @@ def main() -> None:
     loaders = make_loaders(accelerator, args, rows)
 
     def readable(name: str, made: Tensor) -> Tensor | list[str]:
-        return decode_text(processor.parts[name], made) if joint.kinds[name][0] == "text" else made
+        part, kind = processor.parts[name], joint.kinds[name][0]
+        return {"image": lambda: made, "text": lambda: decode_text(part, made), "topic": lambda: part.words(made)}[kind]()
 
     def generate(model: MMVAE, target: str | Sequence[str], number: int = 1, **inputs: Any) -> dict[str, Tensor | list[str]]:
         targets = [target] if isinstance(target, str) else target

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
-from mmvae import ImageVAEConfig, ImageVAEImageProcessor, MMVAEConfig, MMVAEProcessor, TextVAEConfig
+from mmvae import ImageVAEConfig, ImageVAEImageProcessor, MMVAEConfig, MMVAEProcessor, TextVAEConfig, TopicVAEConfig
 from mmvae.data import ImageColumn, Loader, Rows, TextColumn, as_modalities
 from mmvae.folder import FolderError
 from mmvae.processing import load_tokenizer, train_tokenizer
@@ -97,6 +97,29 @@ def test_two_text_modalities():
         processor(images=[RED])
 
 
+def test_documents_of_topics_beside_sentences(tmp_path):
+    processor = MMVAEProcessor({"en": ENGLISH, "topics": TopicVAEVectorizer(["heart", "red", "square"])})
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert loaded.kinds == {"en": "tokenizer", "topics": "vectorizer"}
+    batch = loaded(en=["a heart", None], topics=[None, "red on red, a square"])
+    assert same(batch, processor(en=["a heart", None], topics=[None, "red on red, a square"]))
+    assert batch["word_counts"].tolist() == [[0, 0, 0], [0, 2, 1]]
+    assert batch["present"].tolist() == [[True, False], [False, True]]
+    assert same(loaded(text="a heart"), loaded(en="a heart")), "text is the sentences'"
+    assert loaded.parts["topics"].words(batch["word_counts"]) == ["", "red square"]
+
+    def model(*words: str) -> MMVAEConfig:
+        topics = TopicVAEConfig(vocabulary=list(words), latent_dim=4, prior="standard_normal")
+        return MMVAEConfig(modalities={"en": TextVAEConfig(vocab_size=len(ENGLISH), latent_dim=4), "topics": topics}, latent_dim=4)
+
+    loaded.check(model("heart", "red", "square"))
+    told = r"processor of 'topics': got vocabulary of 3 words, number {}, expected the model's, of {} words, number {}"
+    for words, message in ((("heart", "red"), ("2 'square'", 2, "2 None")), (("heart", "round", "square"), ("1 'red'", 3, "1 'round'"))):
+        with pytest.raises(ValueError, match=told.format(*message)):
+            loaded.check(model(*words))
+
+
 def test_options_reach_the_tokenizers_and_the_image_processors():
     batch = pair()(images=[RED], text=["a big red heart"], max_length=4, truncation=True, images_kwargs={"do_rescale": False})
     assert batch["input_ids"].shape == (1, 4)
@@ -123,7 +146,7 @@ def test_bad_input(given, message):
 
 
 def test_bad_parts():
-    with pytest.raises(TypeError, match=r"modalities\['text'\]: got str, expected an image processor or a tokenizer"):
+    with pytest.raises(TypeError, match=r"modalities\['text'\]: got str, expected an image processor, a tokenizer or a vectorizer"):
         MMVAEProcessor({"text": "bert"})
     with pytest.raises(ValueError, match="got none"):
         MMVAEProcessor({})

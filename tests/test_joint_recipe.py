@@ -92,6 +92,31 @@ def test_evaluate_gives_the_figures_of_the_run_and_those_of_a_joint_model(finish
     assert "en_to_de/bleu" not in both["metrics"] and "en_to_de/recall_at_1" in both["metrics"]
 
 
+def test_topics_are_a_modality_beside_sentences(tmp_path):
+    """The German of a row is a sentence, its English a bag of words."""
+    data = tmp_path / "data"
+    data.mkdir()
+    pairs = [("rot", "red"), ("blau", "blue"), ("gross", "big"), ("klein", "small")]
+    for split in ("train", "validation", "test"):
+        rows = [{"de": pairs[i % 4][0] + " herz", "en": pairs[i % 4][1] + " heart", "kind": "ab"[i % 2]} for i in range(12)]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, tmp_path = str(data), tmp_path / "model"
+    options = ["--modalities", "de:text,words:topic:en", "--private_dims", "{}", "--likelihood_weights", "{}"]
+    options += ["--vaes", json.dumps({"text": SMALL["text"]})]
+    run("joint_vae", ["--dataset", data, "--output_dir", str(tmp_path), *TINY, "--densities", "{}", *options])
+    model, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    processor.check(model.config)
+    assert processor.kinds == {"de": "tokenizer", "words": "vectorizer"}
+    made = model.generate("words", **processor(text=["rot herz"]))
+    assert set(processor.parts["words"].words(made, 3)[0].split()) < set(processor.parts["words"].vocabulary)
+    card = (tmp_path / "README.md").read_text()
+    assert "Words to de" in card and "De to words" in card
+    read = ["--modalities", "de:text,words:topic:en", "--label", "kind"]
+    run("evaluate", ["--model", tmp_path, "--dataset", data, *read, "--num_generated", "5"])
+    figures = figures_of(tmp_path / "evaluation-test.json")
+    assert "words_to_de/coherence" in figures and "de_to_words/coherence" not in figures  # nothing reads a class off words drawn
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
