@@ -215,8 +215,8 @@ def evaluate_by_training_rows(
     if not label:
         return figures
     known, labelled = _with_label(known, label), _with_label(data, label)
-    rows = rows if labelled is data else Rows(labelled, rows.columns, name=rows.name, on_bad_row="skip_empty")
-    known_rows = Rows(known, rows.columns, name=f"{rows.name}, training rows", on_bad_row="skip_empty")
+    rows = rows if labelled is data else Rows(labelled, rows.columns, name=rows.name, on_bad_row=rows.on_bad_row)
+    known_rows = Rows(known, rows.columns, name=f"{rows.name}, training rows", on_bad_row=rows.on_bad_row)
     figures |= linear_probe(accelerator, model, rows, labelled[label][:], known_rows, known[label][:])
     if num_generated and isinstance(model, MMVAE):
         options = {"num_generated": num_generated, "seed": seed}

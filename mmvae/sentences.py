@@ -44,6 +44,7 @@ def evaluate_sentences(
     num_generated: int = 1000,
     num_beams: int = 1,
     max_new_tokens: int = 64,
+    suppress_tokens: list[int] | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
     """Draw sentences from the prior, word by word, and reconstruct as many first rows from their posterior's mean, where there is one.
@@ -59,15 +60,16 @@ def evaluate_sentences(
         num_generated: rows, and samples; at least two.
         num_beams: of reconstructions.
         max_new_tokens: of samples.
+        suppress_tokens: ids that are never written, ``[tokenizer.unk_token_id]`` for example.
         seed: of the samples.
     """
-    drawn = samples(accelerator, model, tokenizer, num_generated, max_new_tokens, seed=seed)
+    drawn = samples(accelerator, model, tokenizer, num_generated, max_new_tokens, suppress_tokens, seed=seed)
     figures = {"samples": diversity(drawn, known) | (forward_perplexity(accelerator, *reference, drawn) if reference else {})}
     if model.config.latent_dim:
-        parts = []
+        parts, options = [], {"num_beams": num_beams, "suppress_tokens": suppress_tokens}
         for n, numbers, inputs in chunks(accelerator, model, rows, num_generated):
             longest = inputs["input_ids"].shape[1] + 10
-            made = decode_text(tokenizer, model.reconstruct(**inputs, num_beams=num_beams, max_new_tokens=longest))
+            made = decode_text(tokenizer, model.reconstruct(**inputs, **options, max_new_tokens=longest))
             parts += [(n, text, truths[number]) for text, number in zip(made, numbers.tolist(), strict=True)]
         made, true = zip(*[part[1:] for part in sorted(gather_object(parts), key=lambda part: part[0])], strict=True)
         figures["reconstruction"] = text_scores(made, true)
@@ -76,20 +78,27 @@ def evaluate_sentences(
 
 @torch.no_grad()
 def samples(
-    accelerator: Accelerator, model: TextVAE, tokenizer: Any, num_samples: int, max_new_tokens: int = 64, *, seed: int = 0
+    accelerator: Accelerator,
+    model: TextVAE,
+    tokenizer: Any,
+    num_samples: int,
+    max_new_tokens: int = 64,
+    suppress_tokens: list[int] | None = None,
+    *,
+    seed: int = 0,
 ) -> list[str]:
-    """Sentences from the prior, every word drawn from all words, in an order that the number of ranks does not change.
+    """Sentences from the prior, every word drawn from all words but suppressed ones, in an order that the number of ranks does not change.
 
     Arguments:
-        accelerator, model, tokenizer, seed: as for :func:`evaluate_sentences`.
+        accelerator, model, tokenizer, suppress_tokens, seed: as for :func:`evaluate_sentences`.
         num_samples: how many.
         max_new_tokens: of each, EOS included; a longer one is cut.
     """
-    drawn = []
+    drawn, options = [], {"max_new_tokens": max_new_tokens, "suppress_tokens": suppress_tokens}
     for n in range(accelerator.process_index, -(-num_samples // CHUNK), accelerator.num_processes):
         with seeded(torch.Generator().manual_seed(fold(seed, _SAMPLES, n))):  # words are drawn by torch's global generator
             part = min(CHUNK, num_samples - n * CHUNK)
-            texts = decode_text(tokenizer, model.sample(part, do_sample=True, top_k=0, max_new_tokens=max_new_tokens))
+            texts = decode_text(tokenizer, model.sample(part, do_sample=True, top_k=0, **options))
         drawn += [(n, text) for text in texts]
     return [text for _, text in sorted(gather_object(drawn), key=lambda part: part[0])]
 
@@ -115,7 +124,7 @@ def forward_perplexity(accelerator: Accelerator, model: TextVAE, tokenizer: Any,
     rows = Rows(Dataset.from_dict({"text": list(texts)}), TextColumn("text", tokenizer), name="samples")
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     figures = evaluate_elbo(accelerator, model, Loader(rows, CHUNK, shuffle=False, **place))
-    unknown = sum(ids.count(tokenizer.unk_token_id) for ids in tokenizer(list(texts))["input_ids"])
+    unknown = sum(ids.count(tokenizer.unk_token_id) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"])
     nll, tokens = figures["neg_elbo_nats"], figures["tokens"]
     shown = {"forward_nll_nats": nll, "forward_perplexity": perplexity(nll, tokens)}
     return shown | {"forward_unknown": unknown / (tokens * len(texts))}

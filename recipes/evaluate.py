@@ -7,7 +7,7 @@
     accelerate launch recipes/evaluate.py --model outputs/seed0 outputs/seed1 outputs/seed2 --dataset path/to/multi30k
 
 Of a text VAE also how it reconstructs, and how different its samples are (mmvae/sentences.py); with --reference_lm their perplexity too,
-and --samples_file writes samples for a language model to be trained on.
+and --samples_file writes samples for a language model to be trained on; --suppress_unknown true keeps <unk> out of all that it writes.
 With --label a linear classifier tells what it reads in the latent (mmvae/baselines.py). A joint model is also asked to retrieve, translate
 and describe (mmvae/coherence.py), beside what the nearest training text would say; with --label also what is of the right class.
 Several models are columns of one table, beside means and deviations: --output is their JSON, and each folder gets its own.
@@ -15,8 +15,8 @@ Of a model with a head the figures are its VAE's; its recipe has measured the he
 Results are independent of batch size and number of processes; the noise of a row is keyed by (seed, row).
 """
 
-import contextlib
 import json
+import logging
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -37,6 +37,8 @@ from mmvae.modalities import read_columns
 from mmvae.pictures import table
 from mmvae.record import public, without_place
 from mmvae.sentences import evaluate_sentences, samples
+
+logger = logging.getLogger("mmvae")
 
 
 @dataclass
@@ -60,6 +62,7 @@ class EvaluationArguments:
     samples_file: str | None = field(default=None, metadata={"help": "jsonl file to write samples to, as a data set"})
     num_samples: int = field(default=40_000, metadata={"help": "of that file"})
     max_new_tokens: int = field(default=64, metadata={"help": "longest sample of a text VAE; a longer sentence is cut there"})
+    suppress_unknown: bool = field(default=False, metadata={"help": "a text VAE never writes the unknown token"})
     num_beams: int = field(default=1, metadata={"help": "of the texts that are generated"})
     judge: str | None = field(default=None, metadata={"help": "folder of a judge of sprites, of recipes/sprites_judge.py"})
     label: str | None = field(default=None, metadata={"help": "column of classes, for a linear probe and the coherence of a joint model"})
@@ -83,7 +86,7 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     processor = AutoProcessor.from_pretrained(name)
     # a set without a validation split gives one up from its training rows, and the recipes evaluate that one
     data = (
-        splits(args.dataset)["validation"]
+        splits(args.dataset, on_bad_row=args.on_bad_row)["validation"]
         if args.split == "validation"
         else load_rows(args.dataset, args.split, on_bad_row=args.on_bad_row)
     )
@@ -99,6 +102,10 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     for option in ("reference_lm", "samples_file"):
         if getattr(args, option) and not writes:
             raise ValueError(f"{option}: received {getattr(args, option)!r} for a {type(model).__name__}, expected a text VAE")
+    if args.suppress_unknown and not (writes and unknown_alone(processor)):
+        token = f" whose unknown token is {processor.unk_token!r}" if writes else ""
+        raise ValueError(f"suppress_unknown: received True for a {type(model).__name__}{token}, expected a text VAE with one of its own")
+    unwritten = [processor.unk_token_id] if args.suppress_unknown else None
     rows = Rows(data, columns, name=args.dataset, on_bad_row=args.on_bad_row)
     loader = Loader(rows, args.batch_size, shuffle=False, rank=accelerator.process_index, world_size=accelerator.num_processes)
     began = time.perf_counter()
@@ -113,25 +120,35 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
         figures |= evaluate_joint(accelerator, model, processor, rows, truths, num_beams=args.num_beams, **judging, **options)
     if writes and min(args.num_generated, len(data)) > 1:
         options = {"num_generated": min(args.num_generated, len(data)), "num_beams": args.num_beams, "seed": args.seed}
-        options |= {"max_new_tokens": args.max_new_tokens}
-        with contextlib.suppress(ValueError):  # a data set without training rows
-            options |= {"known": list(texts_of(splits(args.dataset)["train"], columns[0].name, missing=True, on_bad_row="skip"))}
+        options |= {"max_new_tokens": args.max_new_tokens, "suppress_tokens": unwritten}
+        try:
+            known = splits(args.dataset, on_bad_row=args.on_bad_row)["train"]
+            options |= {"known": list(texts_of(known, columns[0].name, missing=True, on_bad_row="skip"))}
+        except ValueError as error:  # a data set without training rows, or with broken ones
+            logger.warning("no share of samples that repeat a training row: %s", error)
         if args.reference_lm:
             reference = AutoModel.from_pretrained(args.reference_lm, dtype="float32").to(accelerator.device)
             options |= {"reference": (reference, AutoProcessor.from_pretrained(args.reference_lm))}
         figures |= evaluate_sentences(accelerator, model, processor, rows, data[columns[0].name][:], **options)
     if args.samples_file:
-        drawn = samples(accelerator, model, processor, args.num_samples, args.max_new_tokens, seed=args.seed)
+        drawn = samples(accelerator, model, processor, args.num_samples, args.max_new_tokens, unwritten, seed=args.seed)
         if accelerator.is_main_process:
             lines = (json.dumps({columns[0].name: text}) + "\n" for text in drawn)
             Path(args.samples_file).write_text("".join(lines), encoding="utf-8")
-    options = {"training_rows": lambda: splits(args.dataset)["train"], "label": args.label}
+    options = {"training_rows": lambda: splits(args.dataset, on_bad_row=args.on_bad_row)["train"], "label": args.label}
     options |= {"num_generated": args.num_generated, "seed": args.seed}
     figures |= evaluate_by_training_rows(accelerator, model, processor, rows, data, **options)
     accelerator.free_memory()
     names = {"model": without_place(name), "dataset": without_place(args.dataset), "split": args.split}
     told = {"rows": loader.num_rows, "seed": args.seed, "seconds": round(time.perf_counter() - began, 1)}
+    told |= {"suppress_unknown": True} if args.suppress_unknown else {}
     return names | told | {"metrics": figures}
+
+
+def unknown_alone(tokenizer: Any) -> bool:
+    """Whether a tokenizer has an unknown token that is no other special token."""
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in others
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:

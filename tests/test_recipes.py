@@ -156,6 +156,14 @@ def test_evaluate_gives_the_figures_of_the_run(finished, data, name, split, tmp_
     assert again["rows"] == {"text_vae": 7, "image_vae": 9}[name]
 
 
+def test_evaluate_keeps_unknown_tokens_out_where_there_are_some(finished, data, tmp_path):
+    options = ["--suppress_unknown", "true", "--importance_samples", "0", "--output", tmp_path / "figures.json"]
+    run("evaluate", ["--model", finished / "text_vae", "--dataset", data["text_vae"], *options])
+    assert json.loads((tmp_path / "figures.json").read_text())["suppress_unknown"] is True
+    with pytest.raises(ValueError, match="suppress_unknown: received True for a ImageVAE, expected a text VAE with one of its own"):
+        run("evaluate", ["--model", finished / "image_vae", "--dataset", data["image_vae"], "--split", "validation", *options])
+
+
 def test_evaluate_finds_the_held_out_rows_of_a_set_without_a_validation_split(data, tmp_path):
     (tmp_path / "only.txt").write_text((Path(data["text_vae"]) / "train.jsonl").read_text().replace('"', ""))
     run("text_vae", ["--dataset", str(tmp_path / "only.txt"), "--output_dir", str(tmp_path / "run"), *TEXT, "--num_epochs", "1"])

@@ -55,6 +55,18 @@ def test_samples_are_as_long_as_is_asked_for(trained):
     assert {len(text.split()) for text in samples(Accelerator(cpu=True), model, tokenizer, 15, 2)} == {2}
 
 
+def test_what_is_suppressed_is_not_written(trained):
+    model, tokenizer, rows = trained
+    word = tokenizer.convert_tokens_to_ids("w1")
+    free, without = (samples(Accelerator(cpu=True), model, tokenizer, 30, suppress_tokens=given) for given in (None, [word]))
+    assert any("w1" in text.split() for text in free) and not any("w1" in text.split() for text in without)
+    figures = [
+        evaluate_sentences(Accelerator(cpu=True), model, tokenizer, rows, TEXTS, num_generated=30, suppress_tokens=given)
+        for given in (None, [word])
+    ]
+    assert figures[1]["reconstruction/exact_match"] < figures[0]["reconstruction/exact_match"]
+
+
 def test_every_word_that_the_model_gives_weight_may_be_drawn():
     """transformers draws from the 50 likeliest words unless told."""
     words = [f"word{i}" for i in range(120)]
@@ -89,6 +101,9 @@ def test_forward_perplexity_is_that_of_every_token_eos_included(trained):
     assert figures["forward_nll_nats"] == pytest.approx(nats / 3, rel=1e-5)
     assert figures["forward_perplexity"] == pytest.approx(math.exp(nats / 7), rel=1e-5)
     assert figures["forward_unknown"] == pytest.approx(1 / 7)
+    both = train_tokenizer(TEXTS)
+    both.unk_token = both.eos_token  # as GPT-2 has it
+    assert forward_perplexity(accelerator, few, both, ["w0 w0", ""])["forward_unknown"] == 0
     scored = evaluate_sentences(accelerator, model, tokenizer, rows, TEXTS, reference=(few, tokenizer), num_generated=10)
     drawn = samples(accelerator, model, tokenizer, 10)
     assert scored["samples/forward_perplexity"] == forward_perplexity(accelerator, few, tokenizer, drawn)["forward_perplexity"]

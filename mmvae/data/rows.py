@@ -48,7 +48,7 @@ class Rows:
             or "skip", which leaves out every bad one and decodes all pictures once beforehand, of a stream in every epoch, to find them.
         complete: keep only rows that have every modality, after hiding; the others are not counted as skipped.
 
-    Attributes: ``bad``, what is wrong with the rows left out, by their numbers; of a stream those met so far.
+    Attributes: ``on_bad_row``; ``bad``, what is wrong with the rows left out, by their numbers; of a stream those met so far.
     Attributes of a map-style set: ``num_rows`` that are kept, their ``numbers`` (N,) int64 in the data set, the lengths of
     their text (N,) int64 in tokens. One warning tells of rows that a `TextColumn` cut, and one of rows that are skipped.
 
@@ -71,7 +71,7 @@ class Rows:
     ) -> None:
         self.columns = [columns] if isinstance(columns, Column) else list(columns)
         self.modalities = tuple(column.modality for column in self.columns if column.modality)
-        self.name, self._drop, self._drop_seed, self._on_bad_row, self._complete = name, dict(drop or {}), drop_seed, on_bad_row, complete
+        self.name, self._drop, self._drop_seed, self.on_bad_row, self._complete = name, dict(drop or {}), drop_seed, on_bad_row, complete
         self._check_options()
         self.streamed = isinstance(dataset, datasets.IterableDataset)
         self._dataset = _raw(dataset, self.columns, name)
@@ -87,8 +87,8 @@ class Rows:
     def _check_options(self) -> None:
         if len(set(self.modalities)) < len(self.modalities):
             raise ValueError(f"columns: got the modalities {', '.join(self.modalities)}, expected different names")
-        if self._on_bad_row not in ON_BAD_ROW:
-            raise ValueError(f"on_bad_row: got {self._on_bad_row!r}, expected one of {', '.join(ON_BAD_ROW)}")
+        if self.on_bad_row not in ON_BAD_ROW:
+            raise ValueError(f"on_bad_row: got {self.on_bad_row!r}, expected one of {', '.join(ON_BAD_ROW)}")
         if self._complete and not self.modalities:
             raise ValueError("complete: got True, expected False where no column is a modality")
         check_drop(self._drop, self.modalities)
@@ -139,7 +139,7 @@ class Rows:
     def _refuse(self, row: int, why: str, spared_by: str, cause: Exception | None = None) -> None:
         """Tell what is wrong with a row, or, where that leaves rows out, remember it."""
         told = f"{place(self._dataset, self.name, row)}{why}"
-        if self._on_bad_row not in ("skip", spared_by):
+        if self.on_bad_row not in ("skip", spared_by):
             raise BadRow(f"{told} (or set on_bad_row={spared_by!r})" if spared_by == "skip_empty" else told) from cause
         self.bad.setdefault(row, told)
 
@@ -198,7 +198,7 @@ class Rows:
         for number, row in enumerate(self._dataset):
             rows = torch.tensor([number])
             present, keep = self._select(self._found({name: [value] for name, value in row.items()}, 1), rows)
-            if self._on_bad_row == "skip":
+            if self.on_bad_row == "skip":
                 for column in self.columns:
                     self._prepare(column, [row[column.name]], rows, self._has(column, present))
             self._tell_skipped(None)
@@ -256,7 +256,7 @@ class Rows:
         for number, column in enumerate(self.columns):
             size = 0 if column.shape is None else len(self._present) * math.prod(column.shape) * column.dtype.itemsize
             if column.shape and size > memory_limit:
-                if self._on_bad_row == "skip":
+                if self.on_bad_row == "skip":
                     list(self._prepared(column))
                 continue
             cut = getattr(column, "num_truncated", 0)
@@ -296,7 +296,7 @@ class Rows:
         """Of all that is prepared, and of the files where decoding is left to the batches."""
         digest = hashlib.sha256(
             repr(
-                [column.settings() for column in self.columns] + [self.num_rows, *(self.bad if self._on_bad_row == "skip" else ())]
+                [column.settings() for column in self.columns] + [self.num_rows, *(self.bad if self.on_bad_row == "skip" else ())]
             ).encode()
         )
         if self.modalities:
