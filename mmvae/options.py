@@ -125,9 +125,9 @@ class RunArguments:
             ValueError: for free bits per dimension or unit that were asked for.
         """
         options = self.objective_options
-        floor = options.get("free_bits")
-        groups = set(floor) if isinstance(floor, Mapping) else {options.get("free_bits_per", "dimension")}
-        if prior == "standard_normal" or not floor or groups <= {"row", "batch"}:
+        floor = options.get("free_bits", 0.0)
+        floors = floor if isinstance(floor, Mapping) else {options.get("free_bits_per", "dimension"): floor}
+        if prior == "standard_normal" or {group for group, nats in floors.items() if nats} <= {"row", "batch"}:
             return
         if options != mapping("objective_options", type(self).objective_options):
             raise ValueError(f"objective_options: received {options} with prior {prior!r}, expected free_bits_per 'row' or 'batch'")

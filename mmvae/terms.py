@@ -90,7 +90,7 @@ def present(log_weights: Tensor) -> Tensor:
     return log_weights.masked_fill(log_weights == -math.inf, 0.0)
 
 
-def free_bits(kl: Tensor, nats: float, per: str = "dimension") -> Tensor:
+def free_bits(kl: Tensor, nats: float, per: str = "dimension", here: Tensor | None = None) -> Tensor:
     r"""The KL divergence with a floor below which it takes no gradient, :math:`\sum_g \max(\lambda, \mathrm{KL}_g)`.
 
     Arguments:
@@ -98,6 +98,7 @@ def free_bits(kl: Tensor, nats: float, per: str = "dimension") -> Tensor:
         nats: the floor lambda of each group.
         per: the group: "dimension" (of every row, Li et al. 2019), "unit" (a dimension's mean over rows, Kingma et al. 2016), "row", or
             "batch" (the mean over rows). In "unit" and "batch" rows depend on each other.
+        here: (*, B) bool, of which rows a mean is; of all when None.
 
     Returns:
         The shape of ``kl``; dimensions are for the caller to sum.
@@ -108,7 +109,9 @@ def free_bits(kl: Tensor, nats: float, per: str = "dimension") -> Tensor:
     if per not in ("dimension", "unit", "row", "batch"):
         raise ValueError(f"free_bits_per: received {per!r}, expected 'dimension', 'unit', 'row' or 'batch'")
     if per in ("unit", "batch"):
-        mean = kl.mean(-2 if per == "unit" else -1, keepdim=True)
+        over = -2 if per == "unit" else -1
+        weight = torch.ones_like(kl) if here is None else (here if per == "batch" else here.unsqueeze(-1)).expand_as(kl).to(kl.dtype)
+        mean = (weight * kl).sum(over, keepdim=True) / weight.sum(over, keepdim=True).clamp_min(1)
         return torch.where(mean > nats, kl, nats + 0.0 * kl)
     return kl.clamp_min(nats)
 
@@ -132,12 +135,13 @@ def kl_to_prior(terms: Terms, floor: float | Mapping[str, float] = 0.0, per: str
         raise ValueError(f"divergence: received {divergence!r}, expected 'mixture' or 'components'")
     each = divergence == "components" or terms.log_pk is not None or terms.q.mixture.components.batch_shape[0] == 1
     q = terms.drawn_from() if each else terms.q.mixture
-    floors = floor if isinstance(floor, Mapping) else {per: floor} if floor else {}
+    floors = {group: nats for group, nats in (floor if isinstance(floor, Mapping) else {per: floor}).items() if nats}
+    here = terms.weights() > -math.inf
     by_dimension = [group for group in floors if group not in ("row", "batch")]
     if isinstance(q, DiagNormal) and isinstance(terms.prior, DiagNormal):
         value = q.kl_per_dimension(terms.prior).flatten(-len(q.event_shape))
         for group in by_dimension:
-            value = free_bits(value, floors[group], group)
+            value = free_bits(value, floors[group], group, here)
         value = value.sum(-1)
     elif by_dimension:
         raise ValueError(
@@ -146,7 +150,7 @@ def kl_to_prior(terms: Terms, floor: float | Mapping[str, float] = 0.0, per: str
     else:
         value = q.log_prob(terms.z) - terms.prior.log_prob(terms.z)
     for group in [group for group in floors if group not in by_dimension]:
-        value = free_bits(value, floors[group], group)
+        value = free_bits(value, floors[group], group, here)
     if terms.log_pk is not None:
         value = value + present(terms.weights()) - terms.log_pk
     return value.expand(terms.z.shape[:3]) - sum(terms.private.values())

@@ -307,6 +307,15 @@ def test_free_bits_per_dimension_unit_row_and_batch():
         free_bits(rows, 0.4, "word")
 
 
+def test_free_bits_of_a_mean_are_those_of_the_rows_that_have_the_component():
+    kl_, here = torch.tensor([[0.0, 3.0], [1.0, 1.0]]), torch.tensor([[False, True], [True, True]])  # (K, B)
+    assert torch.equal(free_bits(kl_, 2.0, "batch", here), torch.tensor([[0.0, 3.0], [2.0, 2.0]]))
+    per_unit = kl_.unsqueeze(-1)
+    assert torch.equal(free_bits(per_unit, 2.0, "unit", here), torch.tensor([[0.0, 3.0], [2.0, 2.0]]).unsqueeze(-1))
+    t = terms(components=3)
+    assert torch.equal(elbo(t, free_bits={"row": 0.0, "unit": 0.0}), elbo(t))  # off, also where the divergence has no dimensions
+
+
 def test_elbo_with_free_bits():
     t = terms()
     q = t.q.mixture.components
