@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from mmvae.models.text_vae import TextVAE, TextVAEConfig
 from mmvae.noise import fold
+from mmvae.objectives import dreg, elbo
 
 SMALL = {"vocab_size": 20, "embedding_size": 6, "hidden_size": 8, "latent_dim": 3}
 BOS, EOS, PAD = 1, 2, 0
@@ -299,7 +300,7 @@ def test_a_shared_embedding_is_the_decoders():
     assert own.decoder.embed_tokens.weight.grad is None
 
 
-@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"share_embeddings": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"share_embeddings": True}, {"bow_weight": 1.0}], ids=str)
 def test_resizing_the_vocabulary(options):
     model = make(**options)
     inputs = batch([BOS, 5, 6, EOS])
@@ -308,7 +309,9 @@ def test_resizing_the_vocabulary(options):
     assert model.config.vocab_size == 25
     assert (model.lm_head.weight.shape[0], model.lm_head.bias.shape[0], len(model.decoder.embed_tokens.weight)) == (25, 25, 25)
     torch.testing.assert_close(model.encode(**inputs).mean, before)
-    assert model(**batch([BOS, 24, EOS])).loss.isfinite()
+    assert model.train()(**batch([BOS, 24, EOS])).loss.isfinite()
+    assert type(model)(model.config).state_dict().keys() == model.eval().state_dict().keys()
+    assert all(x.shape == model.state_dict()[name].shape for name, x in type(model)(model.config).state_dict().items())
     model.resize_token_embeddings(15)
     assert model(**inputs).loss.isfinite()
     with pytest.raises(ValueError, match="input_ids: received 24 in row 0, expected 0 to 14"):
@@ -317,6 +320,23 @@ def test_resizing_the_vocabulary(options):
 
 def test_word_dropout_hides_words_in_training_only():
     model = make(word_dropout=1.0)
+def test_the_bag_of_words_has_the_same_gradient_under_every_objective():
+    """dreg scales the gradient of a sample by its weight, but not that of what is maximised beside it."""
+    model = make(bow_weight=1.0).train()
+    inputs, key = batch([BOS, 5, 6, EOS], [BOS, 7, EOS]), torch.arange(2)
+
+    def of_the_bag(objective):
+        grads = []
+        for model.config.bow_weight in (1.0, 0.0):
+            loss = model(**inputs, num_samples=5, objective=objective, noise_key=key, sample_posterior=True).loss
+            grads.append(torch.autograd.grad(loss, model.to_moments.weight)[0])
+        return grads[0] - grads[1]
+
+    expected = of_the_bag(elbo)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(of_the_bag(dreg), expected)
+
+
     z, targets = torch.randn(1, 3), torch.tensor([[5, 6, EOS]])
     unknown = make(word_dropout=0.0)
     unknown.load_state_dict(model.state_dict())

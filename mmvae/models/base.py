@@ -172,8 +172,13 @@ class VAE(VerifiedModel):
             sample: draw samples, or use the components' means.
             first: number of the first sample, which keyed noise depends on.
         """
-        z = self._draw(q, num_samples, noise_key, sample, first)
-        return Terms(z, self.log_px(z, q, **inputs), q, self.prior())
+        drawn = self._draw(q, num_samples, noise_key, sample, first)
+        z = drawn.view_as(drawn)  # so that what an objective makes of its gradient is not done to that of the auxiliary
+        return Terms(z, self.log_px(z, q, **inputs), q, self.prior(), auxiliary=self.auxiliary_log_prob(drawn, inputs))
+
+    def auxiliary_log_prob(self, z: Tensor, inputs: dict[str, Tensor]) -> Tensor | None:
+        """What the model maximises beside the objective, (S, K, B) nats of z (S, K, B, *event); None: nothing."""
+        return None
 
     def weighted(self, terms: Terms) -> Terms:
         """The terms as the objective sees them; figures see the true ones."""

@@ -15,7 +15,6 @@ References:
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +22,6 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.utils.generic import can_return_tuple
 
-from mmvae.aggregation import Posterior
 from mmvae.distributions import Autoregressive, DiagNormal, at_least_float32
 from mmvae.models.base import VAEOutput
 from mmvae.models.classes import ClassVAE, ClassVAEConfig
@@ -32,7 +30,6 @@ from mmvae.models.text_generation import TextGeneration
 from mmvae.nn import ScaledMean, fold_leading
 from mmvae.objectives import Objective
 from mmvae.recurrent import GRUDecoder, GRUEncoder, GRUState, check_ids, linear_cross_entropy, right_padded, sentences
-from mmvae.terms import Terms
 
 _OF_A_LATENT = ("bidirectional", "bow_weight", "encoder_dropout", "encoder_layers", "latent_skip", "mean_scale", "num_classes", "pooling")
 _OF_A_LATENT += ("prior", "share_embeddings")
@@ -191,10 +188,12 @@ class TextVAE(TextGeneration, ClassVAE):
         return [] if self.encoder is None else [self.encoder_dropout, *self.encoder.states]
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the vocabulary, the encoder's own embedding included."""
+        """Resize the vocabulary, the encoder's own embedding and the bag of words included."""
         resized = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         if self.encoder_embedding is not None and len(self.encoder_embedding.weight) != self.config.vocab_size:
             self.encoder_embedding = self._get_resized_embeddings(self.encoder_embedding, self.config.vocab_size)
+        if self.word_bag is not None and len(self.word_bag.weight) != self.config.vocab_size:
+            self.word_bag = self._get_resized_lm_head(self.word_bag, self.config.vocab_size)
         return resized
 
     @property
@@ -265,16 +264,15 @@ class TextVAE(TextGeneration, ClassVAE):
         z = self.with_class(z, class_labels)
         return Autoregressive(lambda target: self._token_log_prob(z, target, source), z.shape[:-1])
 
-    def terms(self, q: Posterior, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Terms:
-        """Latents and likelihoods, and in training the auxiliary bag of words (Zhao et al., 2017); see :meth:`VAE.terms`."""
-        terms = super().terms(q, inputs, *args, **kwargs)
+    def auxiliary_log_prob(self, z: Tensor, inputs: dict[str, Tensor]) -> Tensor | None:
+        """In training that of the words, their order left out (Zhao et al., 2017); see :meth:`VAE.auxiliary_log_prob`."""
         if self.word_bag is None or not self.training:
-            return terms
-        classes = torch.arange(terms.z.shape[1], device=terms.z.device).unsqueeze(1) if self.config.num_classes else None
-        log_p = at_least_float32(self.word_bag(self.with_class(terms.z, classes))).log_softmax(-1)
-        wanted = self.target(**self._only(type(self).input_names, inputs)).expand(*terms.z.shape[:3], -1)
+            return None
+        classes = torch.arange(z.shape[1], device=z.device).unsqueeze(1) if self.config.num_classes else None
+        log_p = at_least_float32(self.word_bag(self.with_class(z, classes))).log_softmax(-1)
+        wanted = self.target(**self._only(type(self).input_names, inputs)).expand(*z.shape[:3], -1)
         said = log_p.gather(-1, wanted.clamp_min(0)).masked_fill(wanted == -100, 0.0)
-        return replace(terms, auxiliary=self.config.bow_weight * said.sum(-1))
+        return self.config.bow_weight * said.sum(-1)
 
     def target(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """What is scored: the tokens after BOS, (B, T - 1) int64, padding at the right and -100."""
