@@ -239,6 +239,8 @@ def test_generation_names_what_is_wrong():
     for latents, received in ((torch.zeros(3), r"shape \(3,\)"), (torch.zeros(0, 3), r"shape \(0, 3\)"), ([[0.0, 0.0, 0.0]], "a list")):
         with pytest.raises(ValueError, match=rf"latents: received {received}, expected \(rows, 3\), at least one row"):
             model.generate(latents=latents)
+    with pytest.raises(ValueError, match="latents: received nan in row 1, expected finite numbers"):
+        model.generate(latents=torch.tensor([[0.0, 0.0, 0.0], [0.0, math.nan, math.inf]]))
     for given in ({}, {"latents": torch.zeros(1, 3), "input_ids": torch.ones(1, 1, dtype=torch.long)}):
         with pytest.raises(ValueError, match="generate: received (neither|both) latents and input_ids, expected one"):
             model.generate(**given)
@@ -318,8 +320,6 @@ def test_resizing_the_vocabulary(options):
         model(**batch([BOS, 24, EOS]))
 
 
-def test_word_dropout_hides_words_in_training_only():
-    model = make(word_dropout=1.0)
 def test_the_bag_of_words_has_the_same_gradient_under_every_objective():
     """dreg scales the gradient of a sample by its weight, but not that of what is maximised beside it."""
     model = make(bow_weight=1.0).train()
@@ -337,6 +337,8 @@ def test_the_bag_of_words_has_the_same_gradient_under_every_objective():
     torch.testing.assert_close(of_the_bag(dreg), expected)
 
 
+def test_word_dropout_hides_words_in_training_only():
+    model = make(word_dropout=1.0)
     z, targets = torch.randn(1, 3), torch.tensor([[5, 6, EOS]])
     unknown = make(word_dropout=0.0)
     unknown.load_state_dict(model.state_dict())

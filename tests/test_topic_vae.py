@@ -1,5 +1,7 @@
 """Topics: what a bag of words weighs, that topics are found where there are some, and what the head and Trainer make of a TopicVAE."""
 
+import math
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -112,6 +114,11 @@ def test_wrong_arguments_are_named():
     vae = model().eval()
     with pytest.raises(ValueError, match=r"word_counts: received shape \(2, 35\), expected \(batch, 36\), the vocabulary's"):
         vae(torch.zeros(2, 35))
+    for wrong in (-1.0, math.nan, math.inf):
+        counts = torch.zeros(3, 36)
+        counts[2, 4] = wrong
+        with pytest.raises(ValueError, match=rf"word_counts: received {wrong:g} of {WORDS[4]!r} in row 2, expected 0 or more"):
+            vae(counts)
     with pytest.raises(ValueError, match="top_k: received 37, expected 1 to 36, the words of the vocabulary"):
         vae.topics(top_k=37)
     with pytest.raises(ValueError, match="relevance: received 2, expected 0 to 1"):

@@ -115,7 +115,8 @@ class TextGeneration(ClassVAE, GenerationMixin):
             (B * num_return_sequences, T) int64, padded at the right with ``pad_token_id``.
 
         Raises:
-            ValueError: when neither or both are given.
+            ValueError: when neither or both are given, latents that are not (B, D) finite numbers, and options that :func:`check_strategy`
+                refuses.
         """
         if (latents is None) == (input_ids is None) and (input_ids is not None or class_labels is None):
             raise ValueError(f"generate: received {'neither' if latents is None else 'both'} latents and input_ids, expected one of them")
@@ -128,6 +129,9 @@ class TextGeneration(ClassVAE, GenerationMixin):
             received = f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else f"a {type(latents).__name__}"
             raise ValueError(f"latents: received {received}, expected (rows, {self.config.latent_dim}), at least one row")
         self.check_latents(latents)
+        if latents.is_cpu and not latents.isfinite().all():
+            row, unit = (~latents.isfinite()).nonzero()[0].tolist()
+            raise ValueError(f"latents: received {latents[row, unit]:g} in row {row}, expected finite numbers")
         check_strategy(options, self.generation_config)
         if source is not None:
             self.check_source(source, len(latents))

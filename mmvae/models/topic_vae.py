@@ -113,8 +113,9 @@ class _Topics(nn.Module):
     def forward(self, theta: Tensor) -> Tensor:
         if self.norm is not None:
             return self.norm(self.dropout(theta) @ self.weight) + self.background  # a mixture of no topic would have no words
-        weight = F.batch_norm(self.weight, None, None, training=True)  # over the topics
-        return (theta @ (weight + self.background).softmax(-1)).log()
+        with torch.autocast(theta.device.type, enabled=False):  # a rare word's probability is nothing in float16
+            weight = F.batch_norm(self.weight.float(), None, None, training=True)  # over the topics
+            return (theta.float() @ (weight + self.background.float()).softmax(-1)).log()
 
 
 class TopicVAE(VAEModel):
@@ -163,7 +164,7 @@ class TopicVAE(VAEModel):
         """q(z|x), batch (B,), of documents given as counts (B, V) >= 0 of any dtype; one without a word is a document too.
 
         Raises:
-            ValueError: for counts of another shape.
+            ValueError: for counts of another shape, and in the host's memory for one that is negative or not finite.
         """
         return self._latent_given(self.target(word_counts).log1p().to(self.dtype))
 
@@ -181,6 +182,10 @@ class TopicVAE(VAEModel):
         words = len(self.config.vocabulary)
         if word_counts.dim() != 2 or word_counts.shape[1] != words:
             raise ValueError(f"word_counts: received shape {tuple(word_counts.shape)}, expected (batch, {words}), the vocabulary's")
+        if word_counts.is_cpu and not torch.compiler.is_compiling() and not (counted := (word_counts >= 0) & word_counts.isfinite()).all():
+            row, word = (~counted).nonzero()[0].tolist()
+            received = f"{word_counts[row, word]:g} of {self.config.vocabulary[word]!r} in row {row}"
+            raise ValueError(f"word_counts: received {received}, expected 0 or more")
         return word_counts.float()
 
     def num_tokens(self, word_counts: Tensor) -> Tensor:
