@@ -99,9 +99,9 @@ def evaluate_elbo(
         detailed: also the mutual information (of at most 10,000 rows), and for pictures PSNR and SSIM of the reconstructions.
 
     Returns:
-        ``neg_elbo_nats``, ``reconstruction_nats``, ``kl_nats`` per row; where there is a latent ``active_units``; for texts ``tokens`` per
-        row; of a joint model ``reconstruction_nats_<modality>``, in which a row without it counts 0; of a model with classes, which is not
-        told them here, ``accuracy`` of q(y|x) among the rows that have a label.
+        ``neg_elbo_nats``, ``reconstruction_nats``, ``kl_nats`` per row; where there is a latent, and more than one row, ``active_units``;
+        for texts ``tokens`` per row; of a joint model ``reconstruction_nats_<modality>``, in which a row without it counts 0; of a model
+        with classes, which is not told them here, ``accuracy`` of q(y|x) among the rows that have a label, where there are any.
     """
     moments, latent = _Moments(accelerator), math.prod(unwrap(model).latent_shape)
 
@@ -121,12 +121,15 @@ def evaluate_elbo(
         return values | _of_modality(unwrap(model), inputs, detailed)
 
     figures = evaluate(accelerator, measure, loader, models=[model])
-    if labelled := figures.pop("labelled", 0.0):
-        figures["accuracy"] /= labelled
+    labelled = figures.pop("labelled", None)
+    if labelled is not None:  # 0 of no row would be no figure
+        right = figures.pop("accuracy")
+        figures |= {"accuracy": right / labelled} if labelled else {}
     if not latent:
         return figures
     q, rows = moments.gathered()
-    figures["active_units"] = active_units(q.mean) if len(q.mean) > 1 else 0
+    if len(q.mean) > 1:
+        figures["active_units"] = active_units(q.mean)
     if detailed:
         few = fold(seed, _INFORMATION, rows).argsort()[:_MOST_PAIRED]
         q = DiagNormal(q.loc[few], q.logvar[few])
@@ -182,7 +185,7 @@ def evaluate_vae(
     elif num_samples:
         figures |= evaluate(accelerator, measure, loader, models=[inner])
         figures["importance_samples"] = num_samples
-    if "tokens" in figures:
+    if figures.get("tokens"):  # 0 where no document has a known word
         figures["perplexity_elbo"] = perplexity(figures["neg_elbo_nats"], figures["tokens"])
         if "nll_nats" in figures:
             figures["perplexity"] = perplexity(figures["nll_nats"], figures["tokens"])

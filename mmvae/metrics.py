@@ -29,7 +29,7 @@ def active_units(mean: Tensor, threshold: float = 0.01) -> int:
     return int((mean.flatten(1).double().var(0) >= threshold).sum())
 
 
-def mutual_information(q: DiagNormal, z: Tensor | None = None, chunk_size: int = 256) -> float:
+def mutual_information(q: DiagNormal, z: Tensor | None = None, chunk_size: int | None = None) -> float:
     r"""I(x; z) under q in nats, by Li et al.'s estimator over all N rows given (at most ln N):
 
     .. math:: \frac1N \sum_i \Big[\log q(z_i|x_i) - \log \frac1N \sum_j q(z_i|x_j)\Big], \quad z_i \sim q(z|x_i)
@@ -37,9 +37,10 @@ def mutual_information(q: DiagNormal, z: Tensor | None = None, chunk_size: int =
     Arguments:
         q: batch (N,).
         z: (N, *event) one sample of each row; drawn when None.
-        chunk_size: rows compared with all others at once.
+        chunk_size: rows compared with all others at once; when None at most 256, and no more than 256 MiB hold.
     """
     q = DiagNormal(q.loc.flatten(1), q.logvar.flatten(1))
+    chunk_size = max(1, min(256, (1 << 26) // q.loc.numel())) if chunk_size is None else chunk_size
     z = (q.rsample() if z is None else z.flatten(1)).detach()
     total = 0.0
     for part in z.split(chunk_size):

@@ -7,8 +7,18 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from mmvae import MMVAE, ImageVAE, ImageVAEConfig, MMVAEConfig, TextVAE, TextVAEConfig
-from mmvae.data import ImageColumn, Loader, Rows, TextColumn, as_modalities
+from mmvae import (
+    MMVAE,
+    ImageVAE,
+    ImageVAEConfig,
+    MMVAEConfig,
+    TextVAE,
+    TextVAEConfig,
+    TopicVAE,
+    TopicVAEConfig,
+    TopicVAEVectorizer,
+)  # fmt: skip
+from mmvae.data import ImageColumn, Loader, Rows, TextColumn, WordCountColumn, as_modalities
 from mmvae.evaluation import binarization, evaluate_elbo, evaluate_vae, model_inputs
 from mmvae.noise import fold
 from mmvae.processing import train_tokenizer
@@ -105,6 +115,17 @@ def test_inputs_are_those_that_are_encoded_and_those_that_are_conditioned_on():
     batch = {name: torch.zeros(2) for name in ("row", "row_weight", "input_ids", "present", "labels", "num_rows")}
     assert set(model_inputs(model, batch)) == {"input_ids", "present", "labels"}
     assert set(model_inputs(model_of("text"), batch)) == {"input_ids"}
+
+
+def test_what_no_row_tells_is_no_figure():
+    alone = Loader(Rows(Dataset.from_dict({"text": ["w1 w2"]}), TextColumn("text", train_tokenizer(["w1 w2"]))), 8)
+    model = TextVAE(TextVAEConfig(vocab_size=6, hidden_size=4, embedding_size=4, latent_dim=2)).eval()
+    assert "active_units" not in evaluate_elbo(Accelerator(cpu=True), model, alone)
+    vectorizer = TopicVAEVectorizer(["goal", "vote"])
+    unknown = Loader(Rows(Dataset.from_dict({"text": ["nothing", "known"]}), WordCountColumn("text", vectorizer)), 8)
+    topics = TopicVAE(TopicVAEConfig(vocabulary=vectorizer.vocabulary, latent_dim=2)).eval()
+    figures = evaluate_vae(Accelerator(cpu=True), topics, unknown, num_samples=2)
+    assert figures["tokens"] == 0 and not figures.keys() & {"perplexity", "perplexity_elbo"}
 
 
 @pytest.mark.parametrize(("kind", "scale", "active"), [("text", 0, 0), ("image", 0, 0), ("image", 50, 3)])
