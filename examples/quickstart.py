@@ -18,7 +18,7 @@ tokenizer = train_tokenizer(captions)
 model = TextVAE(TextVAEConfig(vocab_size=len(tokenizer), embedding_size=64, hidden_size=64, latent_dim=16))
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, fused=True)
 beta = linear(steps=200, start=0.01, delay=300)
-objective = partial(elbo, free_bits=0.5)  # nats per latent unit: what keeps the decoder from ignoring the latent
+objective = partial(elbo, free_bits=0.5)  # nats per latent dimension: what keeps the decoder from ignoring the latent
 
 model.train()
 for step in range(700):
