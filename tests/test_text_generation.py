@@ -1,5 +1,6 @@
 """That greedy and random decoding writes what transformers' own loop writes, with less work."""
 
+import math
 from unittest import mock
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import GenerationMixin, LogitsProcessorList
 from transformers.generation.logits_process import TopKLogitsWarper
 
 from mmvae import TextVAE, TextVAEConfig
+from mmvae.models.text_generation import largest
 
 EOS = 2
 GREEDY = [{}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}, {"min_new_tokens": 5, "bad_words_ids": [[5], [6, 7]]}]
@@ -82,3 +84,12 @@ def test_what_looks_at_the_whole_batch_is_left_to_transformers(model):
 
     write(model, z, logits_processor=LogitsProcessorList([Mine(2)]))
     assert len(write(model, z, return_dict_in_generate=True, output_scores=True).scores[-1]) == 5
+
+
+@pytest.mark.parametrize("size", [1, 50, 1024, 1087, 1088, 1089, 10_002])
+def test_the_largest_score_is_that_of_argmax(size):
+    scores = torch.randn(200, size)
+    scores[:20] = scores[:20].round()  # equal ones
+    scores[20, size // 2], scores[21, size - 1], scores[22, 0] = math.inf, math.inf, math.nan
+    scores[23] = -math.inf
+    assert torch.equal(largest(scores), scores.argmax(-1))
