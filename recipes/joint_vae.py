@@ -132,7 +132,9 @@ def main() -> None:
 
     def readable(name: str, made: Tensor) -> Tensor | list[str]:
         part, kind = processor.parts[name], joint.kinds[name][0]
-        return {"image": lambda: made, "text": lambda: decode_text(part, made), "topic": lambda: part.words(made)}[kind]()
+        if kind == "topic":
+            return part.words(made)
+        return decode_text(part, made) if kind == "text" else made
 
     def generate(model: MMVAE, target: str | Sequence[str], number: int = 1, **inputs: Any) -> dict[str, Tensor | list[str]]:
         targets = [target] if isinstance(target, str) else target
