@@ -33,7 +33,7 @@ class RunArguments:
     truncate: bool = field(default=False, metadata={"help": "cut longer rows instead of refusing them"})
     on_bad_row: str = field(default="skip_empty", metadata={"help": "error, skip_empty: leave out rows without any modality, or skip"})
     most_bad_rows: float = field(default=0.01, metadata={"help": "share of bad rows beyond which a run with --on_bad_row skip stops"})
-    num_workers: int = field(default=0, metadata={"help": "processes that decode pictures which do not fit in memory"})
+    num_workers: int = field(default=0, metadata={"help": "processes that decode pictures, once where they fit in memory"})
     seed: int = 0
     batch_size: int = field(default=128, metadata={"help": "rows of one optimizer step over all processes and accumulation steps"})
     accumulation: int = field(default=1, metadata={"help": "micro-batches that a step is split into, to save memory"})
@@ -108,6 +108,11 @@ class RunArguments:
             self.hub_model_id = Path(self.output_dir).name
         if self.hub_model_id is not None:
             check_repo_id(self.hub_model_id)
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """What they say of how rows are read: options of `mmvae.data.Rows`."""
+        return {"name": self.dataset, "on_bad_row": self.on_bad_row, "num_workers": self.num_workers}
 
     def in_steps(self, steps: int) -> Self:
         """These options with every share of a run of ``steps`` as a number of steps; see :func:`mmvae.schedules.in_steps`."""

@@ -129,7 +129,7 @@ def main() -> None:
     model, processor, columns = build(args, made, data["train"], told.classes)
     changed = [replace(column, augmentation=made.augmentation) if isinstance(column, ImageColumn) else column for column in columns]
     read = {split: [*(changed if split == "train" else columns), told] for split in data}
-    rows = {split: Rows(part, read[split], name=args.dataset, on_bad_row=args.on_bad_row) for split, part in data.items()}
+    rows = {split: Rows(part, read[split], **args.rows) for split, part in data.items()}
     loaders = make_loaders(accelerator, args, rows)
     model.freeze(args.head_only)
     if not args.joint:

@@ -54,6 +54,7 @@ class EvaluationArguments:
     max_length: int = 512
     truncate: bool = False
     on_bad_row: str = field(default="skip_empty", metadata={"help": "error, skip_empty: leave out rows without any modality, or skip"})
+    num_workers: int = field(default=0, metadata={"help": "processes that decode pictures, once where they fit in memory"})
     batch_size: int = 100
     importance_samples: int = field(default=100, metadata={"help": "per row, for the log-likelihood; 0 leaves it out"})
     conditional_samples: int = field(default=0, metadata={"help": "the same of one modality given the others, of a joint model"})
@@ -106,7 +107,7 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
         token = f" whose unknown token is {processor.unk_token!r}" if writes else ""
         raise ValueError(f"suppress_unknown: received True for a {type(model).__name__}{token}, expected a text VAE with one of its own")
     unwritten = [processor.unk_token_id] if args.suppress_unknown else None
-    rows = Rows(data, columns, name=args.dataset, on_bad_row=args.on_bad_row)
+    rows = Rows(data, columns, name=args.dataset, on_bad_row=args.on_bad_row, num_workers=args.num_workers)
     loader = Loader(rows, args.batch_size, shuffle=False, rank=accelerator.process_index, world_size=accelerator.num_processes)
     began = time.perf_counter()
     options = {"num_samples": args.importance_samples, "seed": args.seed, "transform": transform}

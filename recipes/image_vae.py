@@ -120,7 +120,7 @@ def main() -> None:
     augmentation = Augmentation(**{key: getattr(image, key) for key in AUGMENTATION})
     column = ImageColumn(name, image.image_size, image.num_channels)
     columns = {split: replace(column, augmentation=augmentation) if split == "train" else column for split in data}
-    rows, classes = partly_labelled(data, columns, image, name=args.dataset, seed=args.seed, on_bad_row=args.on_bad_row)
+    rows, classes = partly_labelled(data, columns, image, seed=args.seed, **args.rows)
     loaders = make_loaders(accelerator, args, rows)
     refuse_grey(image.likelihood, image.binarize, loaders)
 

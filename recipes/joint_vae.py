@@ -124,10 +124,10 @@ def main() -> None:
     data = splits(args.dataset, streaming=args.streaming, on_bad_row=args.on_bad_row)
     model, processor, columns = build(args, joint, data)
     unfitted(model, joint.densities)  # refuses what cannot be, before any work
-    rows = {split: Rows(part, columns, name=args.dataset, on_bad_row=args.on_bad_row) for split, part in data.items() if split != "train"}
+    rows = {split: Rows(part, columns, **args.rows) for split, part in data.items() if split != "train"}
     changed = [replace(c, augmentation=joint.augmentation[c.modality]) if c.modality in joint.augmentation else c for c in columns]
     hidden = {"drop": joint.drop_modality, "drop_seed": args.seed, "complete": joint.complete_only}
-    rows["train"] = Rows(data["train"], changed, name=args.dataset, on_bad_row=args.on_bad_row, **hidden)
+    rows["train"] = Rows(data["train"], changed, **args.rows, **hidden)
     loaders = make_loaders(accelerator, args, rows)
 
     def readable(name: str, made: Tensor) -> Tensor | list[str]:

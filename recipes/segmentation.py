@@ -132,10 +132,7 @@ def main() -> None:
     column = ImageColumn(find_column(data["train"], "image", masks.image_column), size, **options)
     columns = [column] if alpha else [column, MaskColumn(masks.mask_column, size, tuple(masks.mask_values))]
     moved = [replace(each, augmentation=move) for each in columns]
-    rows = {
-        split: Rows(part, moved if split == "train" else columns, name=args.dataset, on_bad_row=args.on_bad_row)
-        for split, part in data.items()
-    }
+    rows = {split: Rows(part, moved if split == "train" else columns, **args.rows) for split, part in data.items()}
     loaders, transform = make_loaders(accelerator, args, rows), on_random_colours if alpha else None
 
     def draw(model: ImageVAEForSemanticSegmentation, figures: Path) -> Mapping[str, str]:

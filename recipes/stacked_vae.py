@@ -79,10 +79,11 @@ def main() -> None:
     def spread(told: Tensor) -> Tensor:
         if not made.spread_neighbours:
             return told
-        ((_, latents),) = posterior_means(accelerator, below.to(accelerator.device).eval(), Rows(data["train"], column)).values()
+        seen = Rows(data["train"], column, **args.rows)
+        ((_, latents),) = posterior_means(accelerator, below.to(accelerator.device).eval(), seen).values()
         return spread_labels(latents, told, made.spread_neighbours, made.spread_least)
 
-    rows, classes = partly_labelled(data, columns, made, name=args.dataset, seed=args.seed, spread=spread)
+    rows, classes = partly_labelled(data, columns, made, seed=args.seed, spread=spread, **args.rows)
     loaders = make_loaders(accelerator, args, rows)
     options = {f.name: getattr(made, f.name) for f in fields(StackedArguments) if f.name not in DATA}
     torch.manual_seed(args.seed)

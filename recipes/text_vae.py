@@ -81,7 +81,7 @@ def main() -> None:
     texts = texts_of(data["train"], column, args.dataset, on_bad_row=args.on_bad_row)
     tokenizer, ids = make_tokenizer(text.tokenizer, texts, text.vocab_size)
     columns = TextColumn(column, tokenizer, args.max_length, args.truncate)
-    rows, classes = partly_labelled(data, dict.fromkeys(data, columns), text, name=args.dataset, seed=args.seed, on_bad_row=args.on_bad_row)
+    rows, classes = partly_labelled(data, dict.fromkeys(data, columns), text, seed=args.seed, **args.rows)
     loaders = make_loaders(accelerator, args, rows)
 
     options = {name: value for name, value in vars(text).items() if name not in DATA} | classes

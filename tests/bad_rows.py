@@ -52,8 +52,8 @@ def read(folder: Path, kind: str, streaming: bool = False, num_workers: int = 0)
     data = load_rows(str(folder), streaming=streaming, on_bad_row="skip")
     words = train_tokenizer([f"w{n}" for n in range(9)])
     column = TextColumn("text", words) if kind == "jsonl" else ImageColumn("image", 4, 1)
-    rows = Rows(data, column, name=str(folder), memory_limit=0, on_bad_row="skip")
-    return rows, list(Loader(rows, 64, num_workers=num_workers, pool=2).batches(0))
+    rows = Rows(data, column, name=str(folder), memory_limit=0, on_bad_row="skip", num_workers=num_workers)
+    return rows, list(Loader(rows, 64, pool=2).batches(0))
 
 
 def main() -> None:

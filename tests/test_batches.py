@@ -40,13 +40,13 @@ def text_rows(n=501, **options):
     return Rows(sentences(n), TextColumn("text", tokenizer(" ".join(WORDS)), 100), **options)
 
 
-def image_rows(tmp_path, n=23, memory_limit=2**30, streaming=False):
+def image_rows(tmp_path, n=23, memory_limit=2**30, streaming=False, **options):
     for i in range(n):
         (tmp_path / "train").mkdir(exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 256, (12, 10, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "train" / f"{i:03d}.png")
     column = ImageColumn("image", 8, 3, augmentation=Augmentation(0.5, 0, 1, 0.7, 10, 0.2))
-    return Rows(load_rows(str(tmp_path), streaming=streaming), column, name=str(tmp_path), memory_limit=memory_limit)
+    return Rows(load_rows(str(tmp_path), streaming=streaming), column, name=str(tmp_path), memory_limit=memory_limit, **options)
 
 
 def same(a, b):
@@ -107,10 +107,12 @@ def test_start_leaves_batches_out(rows, start):
 
 
 def test_workers_change_nothing(tmp_path):
-    for rows in (image_rows(tmp_path, memory_limit=0), image_rows(tmp_path, streaming=True)):
+    for options in ({"memory_limit": 0}, {"streaming": True}, {}):
+        rows, other = (image_rows(tmp_path, num_workers=number, **options) for number in (0, 2))
         torch.manual_seed(0)
         state = torch.get_rng_state()
-        assert same(Loader(rows, 6, pool=2).batches(1), Loader(rows, 6, pool=2, num_workers=2).batches(1))
+        assert rows.fingerprint == other.fingerprint
+        assert same(Loader(rows, 6, pool=2).batches(1), Loader(other, 6, pool=2).batches(1))
         assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
 
 
@@ -196,7 +198,7 @@ def test_fingerprint_changes_with_the_data_and_the_order_only(name, tmp_path):
 
     rows = make()
     loader = Loader(rows, 4)
-    assert loader.fingerprint == Loader(make(), 4, rank=1, world_size=2, num_workers=1).fingerprint
+    assert loader.fingerprint == Loader(make(), 4, rank=1, world_size=2).fingerprint
     assert (
         len(
             {
@@ -270,13 +272,25 @@ def test_streams_without_declared_features():
         list(Loader(Rows(stream, TextColumn("note", tokenizer("w1"))), 2).batches(0))
 
 
+@pytest.mark.parametrize("memory_limit", [0, 2**30])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_pictures_are_named_with_their_file(tmp_path, num_workers):
-    rows = image_rows(tmp_path, 9, memory_limit=0)
+def test_bad_pictures_are_named_with_their_file(tmp_path, num_workers, memory_limit):
+    image_rows(tmp_path, 9)
     file = tmp_path / "train" / "005.png"
     file.write_bytes(file.read_bytes()[:-60])
     with pytest.raises(BadRow, match=rf"row 5, field 'image': got {file} that cannot be decoded .*expected one of JPEG, PNG, WEBP"):
-        list(Loader(rows, 3, num_workers=num_workers).batches(0))
+        list(Loader(image_rows(tmp_path, 0, memory_limit, num_workers=num_workers), 3).batches(0))
+
+
+def test_workers_leave_to_the_main_process_what_is_told_of_bad_pictures(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("mmvae.data.preparation.CHUNK", 4)
+    image_rows(tmp_path, 11)
+    for row in (5, 10):
+        (tmp_path / "train" / f"{row:03d}.png").write_bytes(b"no picture")
+    rows = [image_rows(tmp_path, 0, num_workers=number, on_bad_row="skip") for number in (0, 2)]
+    assert rows[0].bad == rows[1].bad and sorted(rows[1].bad) == [5, 10] and rows[0].fingerprint == rows[1].fingerprint
+    assert [record.getMessage().count("skipping 2 of 11 rows") for record in caplog.records] == [1, 1]
+    assert same(Loader(rows[0], 3).batches(0), Loader(rows[1], 3).batches(0))
 
 
 def test_data_that_cannot_work_is_refused():
@@ -286,9 +300,11 @@ def test_data_that_cannot_work_is_refused():
     with pytest.raises(ValueError, match="no column 'txt', expected one of text"):
         Rows(sentences(3), TextColumn("txt", tokens))
     rows = text_rows(3)
-    for arguments in ({"batch_size": 0}, {"rank": 2, "world_size": 2}, {"num_workers": -1}):
+    for arguments in ({"batch_size": 0}, {"rank": 2, "world_size": 2}, {"pool": -1}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             Loader(rows, **{"batch_size": 2, **arguments})
+    with pytest.raises(ValueError, match="num_workers: got -1, expected at least 0"):
+        text_rows(3, num_workers=-1)
     with pytest.raises(ValueError, match="start"):
         next(Loader(rows, 2).batches(0, start=-1))
 

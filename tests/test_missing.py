@@ -79,15 +79,17 @@ def test_none_is_a_missing_modality(folder, kind):
             assert ids[: mask.sum()].tolist() == [1, *tokenizer(" ".join(WORDS))(" ".join(words), add_special_tokens=False)["input_ids"], 2]
 
 
-def test_streams_workers_and_prepared_sets_agree(folder):
+def test_streams_workers_and_prepared_sets_agree(folder, monkeypatch):
     drop = {"text": 0.5, "image": 0.3}
     loaded = load_rows(str(folder))
     options = {"shuffle": False, "pool": 0}
     plain = epoch(Rows(loaded, columns(), name=str(folder), drop=drop), **options)
-    later = Rows(loaded, columns(), name=str(folder), drop=drop, memory_limit=0)
+    monkeypatch.setattr("mmvae.data.preparation.CHUNK", 7)
     stream = Rows(load_rows(str(folder), streaming=True), columns(), name=str(folder), drop=drop)
-    assert same(plain, epoch(later, **options))
-    assert same(plain, epoch(later, num_workers=2, **options))
+    for memory_limit in (0, 2**30):
+        for num_workers in (0, 2):
+            other = Rows(loaded, columns(), name=str(folder), drop=drop, memory_limit=memory_limit, num_workers=num_workers)
+            assert same(plain, epoch(other, **options))
     assert same(plain, epoch(stream, **options))
 
 

@@ -60,7 +60,6 @@ class Loader:
         seed: decides the order and the augmentation.
         shuffle: otherwise the rows come in their own order (text sorted by length inside the pools).
         rank, world_size: this process and the number of processes.
-        num_workers: processes that decode; a set that is prepared in memory needs and uses none.
         pool: batches in one length bucket; for a stream also the batches that are shuffled together and held
             undecoded in memory. 0 turns bucketing off (a stream then keeps the order of its files).
 
@@ -77,15 +76,14 @@ class Loader:
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
-        num_workers: int = 0,
         pool: int = 100,
     ) -> None:
-        if batch_size < 1 or num_workers < 0 or pool < 0:
-            raise ValueError(f"expected batch_size >= 1, num_workers >= 0, pool >= 0, got {batch_size}, {num_workers}, {pool}")
+        if batch_size < 1 or pool < 0:
+            raise ValueError(f"expected batch_size >= 1, pool >= 0, got {batch_size}, {pool}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0...{world_size - 1} (world_size - 1), got {rank}")
         self.rows, self.batch_size, self.seed, self.shuffle, self.pool = rows, batch_size, seed, shuffle, pool
-        self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
+        self.rank, self.world_size = rank, world_size
         self.num_rows = rows.num_rows
         settings = repr((rows.fingerprint, batch_size, seed, shuffle, pool))
         self.fingerprint = hashlib.sha256(settings.encode()).hexdigest()
@@ -114,11 +112,11 @@ class Loader:
         shares = self._streamed(epoch, start) if self.rows.streamed else self._indexed(epoch, start)
         preparation = _Preparation(self.rows)
         prepared: Iterable[dict[str, Tensor]] = (preparation[share] for share in shares)
-        if self.num_workers and not self.rows.in_memory:
+        if self.rows.num_workers and not self.rows.in_memory:
             # its own generator: a DataLoader otherwise draws a seed from the global one, on which dropout depends
             options = {
                 "batch_size": None,
-                "num_workers": self.num_workers,
+                "num_workers": self.rows.num_workers,
                 "collate_fn": _same,
                 "generator": torch.Generator(),
             }

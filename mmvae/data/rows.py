@@ -23,6 +23,7 @@ from mmvae.data.columns import Column, Ragged, TooLong
 from mmvae.data.lines import BadRow
 from mmvae.data.loading import content_fingerprint, features_of
 from mmvae.data.missing import check_drop, hide
+from mmvae.data.preparation import CHUNK, in_chunks, prepare_good
 from mmvae.data.selection import called, file_row, place
 from mmvae.data.sprites import Sprites
 from mmvae.models.configuration import input_name
@@ -30,7 +31,6 @@ from mmvae.models.configuration import input_name
 logger = logging.getLogger(__name__)
 
 ON_BAD_ROW = ("error", "skip_empty", "skip")
-_CHUNK = 1000
 
 
 class Rows:
@@ -47,6 +47,7 @@ class Rows:
         on_bad_row: what is done with a row that cannot be used: "error"; "skip_empty", which leaves out rows that have no modality at all;
             or "skip", which leaves out every bad one and decodes all pictures once beforehand, of a stream in every epoch, to find them.
         complete: keep only rows that have every modality, after hiding; the others are not counted as skipped.
+        num_workers: processes that decode pictures: here, once, those that fit in memory, and others for the batches of a `Loader`.
 
     Attributes: ``on_bad_row``; ``bad``, what is wrong with the rows left out, by their numbers; of a stream those met so far.
     Attributes of a map-style set: ``num_rows`` that are kept, their ``numbers`` (N,) int64 in the data set, the lengths of
@@ -68,10 +69,12 @@ class Rows:
         drop_seed: int = 0,
         on_bad_row: str = "error",
         complete: bool = False,
+        num_workers: int = 0,
     ) -> None:
         self.columns = [columns] if isinstance(columns, Column) else list(columns)
         self.modalities = tuple(column.modality for column in self.columns if column.modality)
         self.name, self._drop, self._drop_seed, self.on_bad_row, self._complete = name, dict(drop or {}), drop_seed, on_bad_row, complete
+        self.num_workers = num_workers
         self._check_options()
         self.streamed = isinstance(dataset, datasets.IterableDataset)
         self._dataset = _raw(dataset, self.columns, name)
@@ -91,6 +94,8 @@ class Rows:
             raise ValueError(f"on_bad_row: got {self.on_bad_row!r}, expected one of {', '.join(ON_BAD_ROW)}")
         if self._complete and not self.modalities:
             raise ValueError("complete: got True, expected False where no column is a modality")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers: got {self.num_workers}, expected at least 0")
         check_drop(self._drop, self.modalities)
 
     def _index(self, memory_limit: int) -> None:
@@ -213,13 +218,13 @@ class Rows:
 
     def _prepare(self, column: Column, values: Sequence[Any], rows: Tensor, here: Tensor) -> list[np.ndarray]:
         """A column's arrays of some rows, fillers where it is absent."""
-        had = [(row, value) for row, value, there in zip(rows.tolist(), values, here.tolist(), strict=True) if there]
         cut = getattr(column, "num_truncated", 0)
         try:
-            prepared = dict(zip((row for row, _ in had), column.prepare([value for _, value in had]), strict=True))
+            return prepare_good(column, values, here)
         except ValueError:
             if cut != getattr(column, "num_truncated", 0):
                 column.num_truncated = cut
+            had = [(row, value) for row, value, there in zip(rows.tolist(), values, here.tolist(), strict=True) if there]
             prepared = {row: one for row, value in had if (one := self._prepare_one(column, value, row)) is not None}
             if len(prepared) == len(had):
                 raise
@@ -277,20 +282,18 @@ class Rows:
             if dense is None:
                 ragged += prepared
             else:
-                dense[start : start + len(prepared)] = column.pack(prepared)
+                dense.numpy()[start : start + len(prepared)] = column.pack(
+                    prepared
+                ).numpy()  # torch's threads would wait busily beside workers
         return column.pack(ragged) if dense is None else dense
 
     def _num_too_long(self, column: Column) -> int:
         dataset = self._dataset.select_columns([column.name])
-        return sum(column.num_too_long(dataset[start : start + _CHUNK][column.name]) for start in range(0, len(dataset), _CHUNK))
+        return sum(column.num_too_long(dataset[start : start + CHUNK][column.name]) for start in range(0, len(dataset), CHUNK))
 
     def _prepared(self, column: Column) -> Iterator[tuple[int, list[np.ndarray]]]:
         """A column's arrays in chunks of rows, each with the number of its first row."""
-        dataset = self._dataset.select_columns([column.name])
-        for rows in torch.arange(len(self._present)).split(_CHUNK):
-            start = int(rows[0])
-            values = dataset[start : start + _CHUNK][column.name]
-            yield start, self._prepare(column, values, rows, self._has(column, self._present[rows]))
+        return in_chunks(self._dataset, column, self._has(column, self._present), self.num_workers, self._prepare)
 
     def _fingerprint(self) -> str:
         """Of all that is prepared, and of the files where decoding is left to the batches."""
@@ -316,7 +319,7 @@ def _found(dataset: Any, columns: Sequence[str]) -> Tensor:
     if not columns or not isinstance(dataset, datasets.Dataset):  # generated rows lack nothing
         return torch.ones(len(dataset), len(columns), dtype=torch.bool)
     table = dataset.with_format("arrow")
-    chunks = (table[start : start + _CHUNK] for start in range(0, len(dataset), _CHUNK))
+    chunks = (table[start : start + CHUNK] for start in range(0, len(dataset), CHUNK))
     found = [np.stack([chunk[name].is_valid().to_numpy() for name in columns], 1) for chunk in chunks]
     return torch.from_numpy(np.concatenate(found))
 
