@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor
 
 from mmvae import StackedVAE
 from mmvae.baselines import posterior_means
-from mmvae.data import Augmentation, ImageColumn, Rows, splits
+from mmvae.data import Augmentation, ImageColumn, Rows, find_column, splits
 from mmvae.data.labels import spread_labels
 from mmvae.data.partly_labelled import LabelArguments, partly_labelled
 from mmvae.evaluation import binarization
@@ -32,7 +32,7 @@ from mmvae.processing import decode_text
 class StackedArguments(LabelArguments):
     """Options of M2."""
 
-    label_column: str | None = "label"
+    label_column: str | None = field(default=None, metadata={"help": "column of the classes; guessed; of the built-in sprites their shape"})
     spread_neighbours: int = field(default=0, metadata={"help": "labels spread over so many nearest neighbours by the VAE; 0: not"})
     spread_least: float = field(default=0.5, metadata={"help": "share of what reaches a row that its class must have"})
     modality: str | None = field(default=None, metadata={"help": "name:kind[:column]; the column is guessed"})
@@ -49,6 +49,7 @@ class StackedArguments(LabelArguments):
 class StackedRun(RunArguments):
     """Defaults for a few hundred labels."""
 
+    dataset: str = "sprites:3"
     output_dir: str = "outputs/stacked_vae"
     vae: str = field(default="outputs/image_vae", metadata={"help": "folder or Hub id of M1"})
     num_epochs: int | None = 5
@@ -73,6 +74,8 @@ def main() -> None:
     options = {"max_length": args.max_length, "truncate": args.truncate}
     (column,) = read_columns(below, processor, data["train"], made.modality, **options)
     columns = dict.fromkeys(data, column)
+    classes = made.label_column or ("shape" if args.dataset.startswith("sprites") else None)
+    made.label_column = find_column(data["train"], "label", classes)
     if isinstance(column, ImageColumn):
         columns["train"] = replace(column, augmentation=Augmentation(**made.augmentation))
 

@@ -102,6 +102,10 @@ def test_the_recipe_leaves_a_folder_that_classifies_and_draws(tmp_path):
     options = ["--dataset", str(data), "--vae", str(below), "--output_dir", str(tmp_path / "out"), "--mixed_precision", "no"]
     options += ["--labels_per_class", "2", "--label_repeats", "2", "--batch_size", "8", "--num_epochs", "2", "--hidden_size", "8"]
     assert run("stacked_vae", [*options, "--latent_dim", "2", "--spread_neighbours", "5", "--augmentation", '{"shift": 1}'])["exit"] == 0
+    small = ["--dataset", "sprites:1:20", "--vae", str(below), "--output_dir", str(tmp_path / "sprites"), "--max_steps", "1"]
+    assert run("stacked_vae", [*small, "--latent_dim", "2", "--hidden_size", "8"])["exit"] == 0, (
+        "the classes of the built-in data are guessed"
+    )
     figures = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
     assert {"accuracy", "neg_elbo_nats", "kl_nats"} < figures.keys() and (tmp_path / "out" / "figures" / "classes.png").exists()
     card = (tmp_path / "out" / "README.md").read_text()
