@@ -4,6 +4,7 @@ import contextlib
 import copy
 import difflib
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -96,6 +97,9 @@ class RunArguments:
             whole = "" if isinstance(value, int) else " and whole"
             if value is not None and (whole or value < least):
                 raise ValueError(f"{name}: received {value}, expected at least {least}{whole}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}: received {value}, expected a finite number")
         for name, why in self.refused.items():
             if getattr(self, name) is True or getattr(self, name) == "skip":
                 expected = "False" if name != "on_bad_row" else "'error' or 'skip_empty'"
@@ -219,7 +223,7 @@ def by_name(option: str, value: str | Mapping[str, Any], kinds: Mapping[str, str
 
 _COUNTS = (
     "max_steps", "num_epochs", "batch_size", "accumulation", "log_every", "save_every", "keep", "num_samples", "eval_every",
-    "importance_samples", "warmup_steps",
+    "importance_samples", "warmup_steps", "patience",
 )  # fmt: skip
 
 

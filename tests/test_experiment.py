@@ -59,6 +59,8 @@ def test_a_later_file_wins_over_an_earlier_one(tmp_path):
         ("push_to_hub: true\nhub_model_id: a/b/c", [], "repo_id: got 'a/b/c'"),
         ("", ["--max_steps", "0"], "max_steps: received 0, expected at least 1"),
         ("num_epochs: 0", [], "num_epochs: received 0, expected at least 1"),
+        ("patience: 0", [], "patience: received 0, expected at least 1"),
+        ("max_grad_norm: .inf", [], "max_grad_norm: received inf, expected a finite number"),
         ("warmup_steps: 0.05", [], "warmup_steps: received 0.05, expected at least 0 and whole"),
         *(
             (f"{name}: 0", [], f"{name}: received 0, expected at least 1")
