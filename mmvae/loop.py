@@ -287,8 +287,12 @@ class Run:
 
     def choose(self, resume: str | Path) -> Path | None:
         if resume not in ("auto", "never"):
-            return Path(resume)
         source, passed_over = checkpoint.newest(self.folder)
+            return Path(resume)
+            chosen = Path(resume).resolve()
+            if source is not None and chosen.parent == self.folder.resolve() and chosen.is_dir() and chosen.name < source.name:
+                expected = f"{source.name}, the newest, another folder to write into, or that newer checkpoints are deleted first"
+                raise CheckpointError(f"{resume}: {source.name} is newer, and would be gone on from next time; expected {expected}")
         if resume == "never" and (source or passed_over):
             raise CheckpointError(f"{self.folder}: holds checkpoints, and resume='never': expected an empty folder, or resume='auto'")
         for path, reason in passed_over:

@@ -127,6 +127,16 @@ def test_an_explicit_checkpoint_and_never(reference, tmp_path):
     assert digest(tmp_path / "fresh") == digest(reference)
 
 
+def test_an_older_checkpoint_of_the_same_folder_is_refused_until_the_newer_ones_are_gone(reference, tmp_path):
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match="step-00000006 is newer, and would be gone on from next time; expected"):
+        run(tmp_path, resume=tmp_path / "step-00000002")
+    for step in range(3, STEPS + 1):
+        shutil.rmtree(tmp_path / f"step-{step:08d}")
+    run(tmp_path, resume=tmp_path / "step-00000002")
+    assert digest(tmp_path) == digest(reference)
+
+
 def test_another_configuration_is_refused_field_by_field(tmp_path):
     run(tmp_path, info={"config": {"hidden": 8, "drop": 0.1}, "batch_size": 4}, max_steps=2)
     with pytest.raises(CheckpointError, match=r"(?s)changed.*config.hidden: 8 -> 9\n.*batch_size: 4 -> 8\n.*seed: 0 -> 3$"):
