@@ -89,16 +89,16 @@ def track(accelerator: Accelerator, shown: Mapping[str, Tensor | str], step: int
 def make_loaders(accelerator: Accelerator, args: RunArguments, rows: Mapping[str, Rows]) -> dict[str, Loader]:
     """Batches of every split for this process; those of "train" in an order that the seed gives.
 
-    Bad rows that were left out are listed in ``bad_rows.txt`` of the output folder.
+    Bad rows that were left out are listed in ``bad_rows.txt`` of the output folder, but for those that a stream meets later.
 
     Raises:
         BadRow: there are more of them in a split than ``most_bad_rows`` allows.
     """
+    told = [f"{split}: {why}\n" for split, part in rows.items() for _, why in sorted(part.bad.items())]
+    if told and args.on_bad_row == "skip" and accelerator.is_main_process:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(args.output_dir, "bad_rows.txt").write_text("".join(told), encoding="utf-8")
     for split, part in rows.items() if args.on_bad_row == "skip" else ():
-        if part.bad and accelerator.is_main_process:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            with Path(args.output_dir, "bad_rows.txt").open("w" if split == next(iter(rows)) else "a", encoding="utf-8") as file:
-                file.writelines(f"{split}: {told}\n" for _, told in sorted(part.bad.items()))
         if part.num_rows and len(part.bad) > args.most_bad_rows * (part.num_rows + len(part.bad)):
             expected = f"expected at most {args.most_bad_rows:.1%} (most_bad_rows); the first: {next(iter(part.bad.values()))}"
             raise BadRow(f"{args.dataset}, {split}: got {len(part.bad)} bad rows beside {part.num_rows} good ones, {expected}")
@@ -233,7 +233,7 @@ def train(
         evaluate=validate, eval_every=args.eval_every, monitor=None if args.monitor == "last" else args.monitor,
         patience=args.patience, patience_from=phases[-1].start, log_every=args.log_every, save_every=args.save_every, keep=args.keep,
         resume=args.resume, seed=args.seed, allow_changes=args.allow_changes,
-        info={"config": json.loads(model.config.to_json_string()), "options": options},
+        info={"config": json.loads(model.config.to_json_string()), "options": options, "validation": loaders["validation"].fingerprint},
     )  # fmt: skip
     load_weights(prepared, result.checkpoint)
     unwrap(prepared).eval()

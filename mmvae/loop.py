@@ -9,7 +9,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,6 +76,7 @@ class Run:
     keep: int
     max_skipped: int
     on_log: Callable[[dict[str, float]], None] | None
+    file_rows: Callable[[Iterable[int]], list[int]] = list  # what the loader calls rows in messages
     progress: Progress = field(default_factory=Progress)
     pending: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)  # values of the last steps, still on the device; rows
     saved: tuple[int, int] = (0, 0)  # (step, step of the last evaluation) of the last checkpoint
@@ -173,7 +174,7 @@ class Run:
             line[: len(found)] = found[:8]
         ranks = self.accelerator.gather(shown[None].to(self.accelerator.device)).tolist()
         of_loss = any(max(first) >= 0 for first, _ in ranks)
-        named = [[row for row in (first if of_loss else every) if row >= 0] for first, every in ranks]
+        named = [self.file_rows(row for row in (first if of_loss else every) if row >= 0) for first, every in ranks]
         where = ", ".join(f"rows {', '.join(map(str, found))} on rank {rank}" for rank, found in enumerate(named) if found)
         reason = f"step {n}: not taken, {'the loss' if of_loss else 'no loss, but a gradient'} was not finite: {where}"
         self.say(reason)
@@ -286,13 +287,13 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def choose(self, resume: str | Path) -> Path | None:
-        if resume not in ("auto", "never"):
         source, passed_over = checkpoint.newest(self.folder)
-            return Path(resume)
+        if resume not in ("auto", "never"):
             chosen = Path(resume).resolve()
             if source is not None and chosen.parent == self.folder.resolve() and chosen.is_dir() and chosen.name < source.name:
                 expected = f"{source.name}, the newest, another folder to write into, or that newer checkpoints are deleted first"
                 raise CheckpointError(f"{resume}: {source.name} is newer, and would be gone on from next time; expected {expected}")
+            return Path(resume)
         if resume == "never" and (source or passed_over):
             raise CheckpointError(f"{self.folder}: holds checkpoints, and resume='never': expected an empty folder, or resume='auto'")
         for path, reason in passed_over:

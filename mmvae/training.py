@@ -193,7 +193,7 @@ def fit(
     run = Run(
         accelerator, state, Path(folder), info, seed,
         max_steps, num_epochs, patience, patience_from, evaluate, eval_every, monitor, lower_is_better, log_every, save_every, keep,
-        max_skipped, on_log,
+        max_skipped, on_log, getattr(loader, "file_rows", list),
     )  # fmt: skip
     with locked(run.folder) if accelerator.is_main_process else contextlib.nullcontext() as refusal, Signals() as signals:
         if run.agree(refusal is not None):

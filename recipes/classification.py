@@ -120,7 +120,10 @@ def main() -> None:
     data = splits(args.dataset, on_bad_row=args.on_bad_row)
     label = find_column(data["train"], "label", args.label)
     told = LabelColumn(label, find_classes(data["train"], label), missing=args.joint)
-    labels = {split: read_labels(part, told, args.dataset, every_class=split == "train") for split, part in data.items()}
+    labels = {
+        split: read_labels(part, told, args.dataset, every_class=split == "train", on_bad_row=args.on_bad_row)
+        for split, part in data.items()
+    }
     shown = labels["train"] != -100
     if args.labels_per_class:
         shown = shown_labels(labels["train"], args.labels_per_class, told.classes, args.seed)

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from bad_rows import make, read
+from bad_rows import make, picture, read
 from picture_mutations import run
 from test_columns import tokenizer
 
-from mmvae.data import BadRow, Loader, Rows, TextColumn, load_rows, texts_of
+from mmvae.data import BadRow, ImageColumn, LabelColumn, Loader, Rows, TextColumn, load_rows, read_labels, shown_labels, texts_of
+from mmvae.data.partly_labelled import PartlyLabelled
 from mmvae.experiment import make_loaders
 
 
@@ -107,3 +108,84 @@ def test_a_check_lists_every_problem_in_one_pass(tmp_path, kind, capsys, monkeyp
     told = capsys.readouterr().out
     assert f"\n{len(bad)} problems" in told
     assert all((f"{row:06d}.png" if kind == "folder" else f"line {row + 1}, ") in told or f"row {row}, " in told for row in bad)
+
+
+def captioned(folder, count=6):
+    """Pictures with a metadata.jsonl of captions."""
+    folder.mkdir(parents=True)
+    for row in range(count):
+        (folder / f"{row}.png").write_bytes(picture(row))
+    lines = [json.dumps({"file_name": f"{row}.png", "text": f"w{row}"}) for row in range(count)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def checked(path, capsys, monkeypatch):
+    """What check_data.py prints of a data set."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
+    check_data = importlib.import_module("check_data")
+    monkeypatch.setattr(sys, "argv", ["check_data.py", "--dataset", str(path)])
+    with pytest.raises(SystemExit):
+        check_data.main()
+    return capsys.readouterr().out
+
+
+def test_pictures_with_captions_keep_their_pictures_where_bad_rows_are_skipped(tmp_path, capsys, monkeypatch):
+    captioned(tmp_path / "data" / "train")
+    assert "nothing is wrong" in checked(tmp_path / "data", capsys, monkeypatch)
+    (tmp_path / "data" / "train" / "4.png").write_bytes(picture(4)[:40])
+    data = load_rows(str(tmp_path / "data"), on_bad_row="skip")
+    rows = Rows(data, [ImageColumn("image", 4, 1), TextColumn("text", tokenizer("w0"), modality="text")], on_bad_row="skip")
+    assert list(rows.bad) == [4] and rows.num_rows == 5
+    told = checked(tmp_path / "data", capsys, monkeypatch)
+    assert "4.png" in told and "\n1 problems" in told
+    (tmp_path / "data" / "train" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "w0"}\n{"file_name" oh\n')
+    assert "metadata.jsonl: line 2, column" in checked(tmp_path / "data", capsys, monkeypatch)
+
+
+def test_a_broken_line_of_one_split_hides_no_row_of_another(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, bad in (("train", '{"text" oh'), ("test", '{"text": null}')):
+        (folder / f"{split}.jsonl").write_text("\n".join(['{"text": "w1"}', bad, '{"text": "w1"}']) + "\n")
+    told = checked(folder, capsys, monkeypatch)
+    assert "train.jsonl: line 2, " in told and "test: row 1, field 'text': got NoneType" in told and "\n2 problems" in told
+
+
+def test_a_stream_with_too_many_bad_rows_stops():
+    data = datasets.Dataset.from_dict({"text": ["w1", None, "w1", "w1"]}).to_iterable_dataset()
+    for most_bad in (0.01, 0.25):
+        rows = Rows(data, TextColumn("text", tokenizer("w1")), name="mine", on_bad_row="skip", most_bad=most_bad)
+        if most_bad == 0.25:
+            assert len(list(Loader(rows, 2).batches(0))) == 2
+            continue
+        with pytest.raises(
+            BadRow, match=r"mine: got 1 bad rows of the first 4 of a stream, expected at most 1.0% .* row 1 of the stream, field"
+        ):
+            list(Loader(rows, 2).batches(0))
+
+
+def test_labels_of_bad_rows_are_none_where_these_are_skipped():
+    data, labels = datasets.Dataset.from_dict({"label": ["a", None, "c", "b"]}), LabelColumn("label", ("a", "b"))
+    assert read_labels(data, labels, on_bad_row="skip").tolist() == [0, -100, -100, 1]
+    with pytest.raises(BadRow, match="row 1"):
+        read_labels(data, labels)
+
+
+def test_a_damaged_picture_does_not_tell_a_class():
+    pictures = [picture(row)[: 40 if row == 2 else None] for row in range(4)]
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("string")})
+    table = {"image": [{"bytes": each, "path": None} for each in pictures], "label": ["a", "b", "b", "a"]}
+    data, column = datasets.Dataset.from_dict(table, features=features), ImageColumn("image", 4, 1)
+    options = {"on_bad_row": "skip", "memory_limit": 0}
+    part = PartlyLabelled(data, column, LabelColumn("label", ("a", "b")), **options)
+    assert part.num_told == 3 and part.num_rows == 3
+    seed = next(seed for seed in range(20) if shown_labels(torch.tensor([0, 1, 1, 0]), 1, ("a", "b"), seed)[2])
+    with pytest.raises(ValueError, match="row 2, .* expected a good one among the rows that tell their class"):
+        PartlyLabelled(data, column, LabelColumn("label", ("a", "b")), per_class=1, seed=seed, **options)
+
+
+def test_the_label_of_a_row_without_any_modality_is_not_looked_at():
+    data = datasets.Dataset.from_dict({"text": ["w1", None, "w1"], "label": ["a", None, "b"]})
+    columns = [TextColumn("text", tokenizer("w1"), modality="text"), LabelColumn("label", ("a", "b"))]
+    rows = Rows(data, columns, on_bad_row="skip_empty")
+    assert rows.numbers.tolist() == [0, 2] and rows.batch(rows.numbers, rows.numbers)["labels"].tolist() == [0, 1]

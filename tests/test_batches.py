@@ -2,10 +2,13 @@
 
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +27,7 @@ from mmvae.data import (
     sprites,
     texts_of,
 )
+from mmvae.data.selection import select
 
 REAL = os.environ.get("MMVAE_TEST_DATA")
 WORDS = [f"w{i}" for i in range(50)]
@@ -229,7 +233,7 @@ def test_bad_rows_are_named(tmp_path):
     many = ["w1", "w1 w1 w1 w1", None, "w1 w1", *["w1 w1 w1 w1 w1"] * 2_000]
     with pytest.raises(BadRow, match=r"row 1, field 'text': got 6 tokens, .* in 'w1 w1 w1 w1'; 2001 of 2004 rows are too long"):
         Rows(datasets.Dataset.from_dict({"text": many}), column)
-    with pytest.raises(BadRow, match="data: row 2, field 'text'"):
+    with pytest.raises(BadRow, match="data: row 2 of the stream, field 'text'"):
         list(Loader(Rows(data.to_iterable_dataset(), column), 2).batches(0))
     with pytest.raises(BadRow, match="row 3, field 'text'"):
         Rows(datasets.Dataset.from_dict({"text": ["w1", "w2", "w1", None]}).select([0, 1, 3]), column)
@@ -240,7 +244,7 @@ def test_texts_before_there_is_a_tokenizer():
     assert list(texts_of(data.select([0, 1, 3]), "text", "some/set")) == ["w1", "w2", "w3"]
     assert list(texts_of(sprites(3, num_rows=2), "caption", "sprites")) == sprites(3, num_rows=2)["caption"]
     for rows in (data, data.to_iterable_dataset(), data.select([0, 2])):
-        with pytest.raises(BadRow, match=r"^some/set: row 2, field 'text': got NoneType, expected text$"):
+        with pytest.raises(BadRow, match=r"^some/set: row 2( of the stream)?, field 'text': got NoneType, expected text$"):
             list(texts_of(rows, "text", "some/set"))
     with pytest.raises(BadRow, match=r"some/set: row 0, field 'n': got int, expected text"):
         list(texts_of(data, "n", "some/set"))
@@ -268,7 +272,7 @@ def test_streams_without_declared_features():
     stream = datasets.IterableDataset.from_generator(generate)
     (batch,) = Loader(Rows(stream, ImageColumn("picture", 4, 1)), 8, pool=0).batches(0)
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(BadRow, match="row 4, field 'note': got int, expected text"):
+    with pytest.raises(BadRow, match="row 4 of the stream, field 'note': got int, expected text"):
         list(Loader(Rows(stream, TextColumn("note", tokenizer("w1"))), 2).batches(0))
 
 
@@ -291,6 +295,36 @@ def test_workers_leave_to_the_main_process_what_is_told_of_bad_pictures(tmp_path
     assert rows[0].bad == rows[1].bad and sorted(rows[1].bad) == [5, 10] and rows[0].fingerprint == rows[1].fingerprint
     assert [record.getMessage().count("skipping 2 of 11 rows") for record in caplog.records] == [1, 1]
     assert same(Loader(rows[0], 3).batches(0), Loader(rows[1], 3).batches(0))
+
+
+def test_workers_end_with_a_main_process_that_is_killed(tmp_path):
+    image_rows(tmp_path, 1)
+    code = """
+import sys, time
+import datasets
+from mmvae.data import ImageColumn, Rows
+import mmvae.data.preparation
+def slow(*_):
+    print("working", flush=True)
+    time.sleep(100)
+mmvae.data.preparation.prepare_good = slow
+Rows(datasets.load_dataset("imagefolder", data_dir=sys.argv[1], split="train"), ImageColumn("image", 8), num_workers=1)
+"""
+    main = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert main.stdout.readline() == "working\n"
+    (worker,) = psutil.Process(main.pid).children()
+    main.kill()
+    main.wait()
+    worker.wait(timeout=20)
+    main.stdout.close()
+
+
+def test_another_choice_of_rows_has_another_fingerprint_though_no_picture_is_read(tmp_path):
+    image_rows(tmp_path, 6)
+    data = load_rows(str(tmp_path))
+    parts = [Rows(select(data, rows), ImageColumn("image", 8), name=str(tmp_path), memory_limit=0) for rows in ([0, 2, 4], [1, 3, 5])]
+    assert parts[0].fingerprint != parts[1].fingerprint
+    assert Loader(parts[1], 2).file_rows([0, 2]) == [1, 5]
 
 
 def test_data_that_cannot_work_is_refused():

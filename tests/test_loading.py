@@ -83,6 +83,12 @@ def test_words_that_pandas_takes_for_missing_values_stay_words(tmp_path):
     assert load_rows(str(file))[:] == {"text": ["None", "NA", "null"], "number": [1, 2, 3]}
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_tabs_part_a_tsv(tmp_path, alone):
+    (tmp_path / "train.tsv").write_text("text\tlabel\na, b\t1\nNA\t2\n")
+    assert load_rows(str(tmp_path / "train.tsv" if alone else tmp_path))[:] == {"text": ["a, b", "NA"], "label": [1, 2]}
+
+
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "nothing.jsonl"])
 def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name):
     with pytest.raises(FileNotFoundError, match=f"{name} does not exist, expected a file, a folder"):

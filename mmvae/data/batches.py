@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmvae.data.rows import Rows
+from mmvae.data.selection import file_row
 from mmvae.noise import fold
 
 _ORDER, _BATCHES, _AUGMENTATION = (
@@ -87,6 +88,10 @@ class Loader:
         self.num_rows = rows.num_rows
         settings = repr((rows.fingerprint, batch_size, seed, shuffle, pool))
         self.fingerprint = hashlib.sha256(settings.encode()).hexdigest()
+
+    def file_rows(self, rows: Iterable[int]) -> list[int]:
+        """What errors call the rows of a batch, in their file: in ``row`` they are counted after any selection."""
+        return [file_row(self.rows._dataset, row) for row in rows]
 
     def __len__(self) -> int:
         if self.num_rows is None:

@@ -16,7 +16,7 @@ from mmvae.noise import fold
 _SHOWN = 0x73686F77
 
 
-def read_labels(rows: Any, column: LabelColumn, name: str = "data", *, every_class: bool = True) -> Tensor:
+def read_labels(rows: Any, column: LabelColumn, name: str = "data", *, every_class: bool = True, on_bad_row: str = "error") -> Tensor:
     """The labels of all rows, checked before any work is done.
 
     Arguments:
@@ -24,6 +24,7 @@ def read_labels(rows: Any, column: LabelColumn, name: str = "data", *, every_cla
         column: the labels.
         name: what the data set is called in errors.
         every_class: whether every class must be there, as in training rows.
+        on_bad_row: with "skip" a row whose label is none lacks it.
 
     Returns:
         (N,) int64, -100 where a row lacks its label.
@@ -34,8 +35,9 @@ def read_labels(rows: Any, column: LabelColumn, name: str = "data", *, every_cla
     """
     if len(column.classes) < 2:
         raise ValueError(f"{name}: field {column.name!r}: got the class {column.classes[0]!r} alone, expected at least 2 classes")
-    read = Rows(rows, column, name=name)
-    labels = read.batch(read.numbers, read.numbers)["labels"]
+    read = Rows(rows, column, name=name, on_bad_row=on_bad_row)
+    labels = torch.full((len(rows),), -100)
+    labels[read.numbers] = read.batch(read.numbers, read.numbers)["labels"]
     found = labels[labels >= 0].bincount(minlength=len(column.classes))
     if every_class and not found.all():
         lacking = column.classes[int(found.argmin())]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 import torch
 from huggingface_hub.errors import HFValidationError
 
@@ -148,17 +149,24 @@ def _load_local(path: Path, dataset: str, streaming: bool, options: dict[str, An
         raise ValueError(f"{dataset} has the ending {path.suffix!r}, expected one of {', '.join(_BUILDERS)}")
     _refuse_empty(files)
     named = {"data_files": {"train": str(path)}} if path.is_file() else {}
-    lines = sorted(file for file in files if file.suffix.lower() == ".jsonl")
-    if lines and on_bad_row == "skip":
-        found = named["data_files"] if named else datasets.load_dataset_builder("text", data_dir=str(path)).config.data_files
-        chosen = {split: [name] if named else [file for file in name if file.endswith(".jsonl")] for split, name in found.items()}
-        return rows_of_lines({split: names for split, names in chosen.items() if names}, streaming)
+    if on_bad_row == "skip" and (lines := line_files(path)):
+        return rows_of_lines(lines, streaming)
     try:
         return datasets.load_dataset(builder, **named, streaming=streaming, **_csv(files), **options)
-    except datasets.exceptions.DatasetGenerationError as error:
-        for broken in broken_lines(lines):
+    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
+        for broken in broken_lines(sorted(file for file in files if file.suffix.lower() == ".jsonl")):
             raise BadRow(broken) from error
         raise BadRow(f"{dataset}: {error.__cause__ or error}") from error
+
+
+def line_files(path: Path) -> dict[str, list[str]]:
+    """The JSON-lines files of a file or folder by split, in order; none where they are not all of the data, but beside pictures, say."""
+    if path.is_file():
+        return {"train": [str(path)]} if path.suffix.lower() == ".jsonl" else {}
+    kinds = {file.suffix.lower() for file in path.rglob("*") if file.is_file()} - {".md", ""}
+    found = datasets.load_dataset_builder("text", data_dir=str(path)).config.data_files if kinds == {".jsonl"} else {}
+    chosen = {str(split): [file for file in names if file.endswith(".jsonl")] for split, names in found.items()}
+    return {split: names for split, names in chosen.items() if names}
 
 
 def _refuse_empty(files: Iterable[Path]) -> None:
@@ -170,11 +178,13 @@ def _refuse_empty(files: Iterable[Path]) -> None:
 
 
 def _csv(files: Iterable[Path]) -> dict[str, Any]:
-    """Options under which the words "NA", "None" and "null" stay words, and only an empty cell is a missing value."""
+    """Options under which the words "NA", "None" and "null" stay words, only an empty cell is a missing value, and tabs part a tsv."""
+    files = list(files)
     kinds = {_BUILDERS.get(file.suffix.lower(), file.suffix.lower()) for file in files} - {".md", ""}
     if kinds != {"csv"}:
         return {}
-    return {"keep_default_na": False, "na_values": [""]}
+    tabs = {"sep": "\t"} if any(file.suffix.lower() == ".tsv" for file in files) else {}
+    return {"keep_default_na": False, "na_values": [""]} | tabs
 
 
 def _find(loaded: Iterable[str], split: str) -> str | None:

@@ -59,13 +59,18 @@ class PartlyLabelled(Rows):
             raise ValueError("labels_per_class, label_repeats: received a stream, expected a set whose labels can be counted")
         if repeats < 1:
             raise ValueError(f"label_repeats: received {repeats}, expected at least 1")
-        known = read_labels(dataset, labels, name)
+        known = read_labels(dataset, labels, name, on_bad_row=options.get("on_bad_row", "error"))
         told = known >= 0 if per_class is None else shown_labels(known, per_class, labels.classes, seed)
         first = told.nonzero().flatten().repeat(repeats)
         self.num_told = len(first)
         order = torch.cat([first, (~told).nonzero().flatten()])
         self._labels = spread(known.where(told, -100))[order]
         super().__init__(select(dataset, order.tolist()), columns, name=name, **options)
+        spoilt = [row for row in self.bad if row < self.num_told]
+        if spoilt and per_class is not None:
+            expected = "a good one among the rows that tell their class: leave it out of the data, or take another label_seed"
+            raise ValueError(f"{self.bad[spoilt[0]]}, expected {expected}")
+        self.num_told -= len(spoilt)
 
     def batch(self, rows: Tensor, keys: Tensor, values: Any = None) -> dict[str, Tensor]:
         """Inputs of some rows; see `Rows.batch`."""

@@ -3,10 +3,14 @@ r"""Raw values of a column to arrays, a chunk of rows at a time, here or in work
 Shapes: ``N`` rows of a data set, ``B`` of a chunk.
 """
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +18,16 @@ from torch import Tensor
 from mmvae.data.columns import Column
 
 CHUNK = 250
+
+
+def not_null(dataset: Any, columns: Sequence[str]) -> Tensor:
+    """(N,M) bool: where columns are not null, without decoding or converting any value; generated rows lack nothing."""
+    if not columns or not isinstance(dataset, datasets.Dataset):
+        return torch.ones(len(dataset), len(columns), dtype=torch.bool)
+    table = dataset.with_format("arrow")
+    chunks = (table[start : start + CHUNK] for start in range(0, len(dataset), CHUNK))
+    found = [np.stack([chunk[name].is_valid().to_numpy() for name in columns], 1) for chunk in chunks]
+    return torch.from_numpy(np.concatenate(found))
 
 
 def prepare_good(column: Column, values: Sequence[Any], here: Tensor) -> list[np.ndarray]:
@@ -53,7 +67,13 @@ class _Chunks:
 
     def work(self) -> None:
         torch.set_num_threads(1)  # more of them would fight over the cores, and may hang in a forked process
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         _Chunks.in_worker = self
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # of a parent that was killed: nobody else would end its workers
 
 
 def _prepare(start: int) -> np.ndarray | None:

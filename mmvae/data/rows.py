@@ -8,6 +8,7 @@ In the columns that are modalities of a joint model a ``None`` is a modality tha
 input, with fillers where it is absent, and ``present`` (B,M) says what is there. An empty text is a text.
 """
 
+import collections
 import hashlib
 import logging
 import math
@@ -23,8 +24,8 @@ from mmvae.data.columns import Column, Ragged, TooLong
 from mmvae.data.lines import BadRow
 from mmvae.data.loading import content_fingerprint, features_of
 from mmvae.data.missing import check_drop, hide
-from mmvae.data.preparation import CHUNK, in_chunks, prepare_good
-from mmvae.data.selection import called, file_row, place
+from mmvae.data.preparation import CHUNK, in_chunks, not_null, prepare_good
+from mmvae.data.selection import called, file_row, place, selected
 from mmvae.data.sprites import Sprites
 from mmvae.models.configuration import input_name
 
@@ -47,6 +48,7 @@ class Rows:
         on_bad_row: what is done with a row that cannot be used: "error"; "skip_empty", which leaves out rows that have no modality at all;
             or "skip", which leaves out every bad one and decodes all pictures once beforehand, of a stream in every epoch, to find them.
         complete: keep only rows that have every modality, after hiding; the others are not counted as skipped.
+        most_bad: share of bad rows beyond which a stream stops; looked at every 1,000 rows and at its end.
         num_workers: processes that decode pictures: here, once, those that fit in memory, and others for the batches of a `Loader`.
 
     Attributes: ``on_bad_row``; ``bad``, what is wrong with the rows left out, by their numbers; of a stream those met so far.
@@ -69,12 +71,13 @@ class Rows:
         drop_seed: int = 0,
         on_bad_row: str = "error",
         complete: bool = False,
+        most_bad: float = 1.0,
         num_workers: int = 0,
     ) -> None:
         self.columns = [columns] if isinstance(columns, Column) else list(columns)
         self.modalities = tuple(column.modality for column in self.columns if column.modality)
         self.name, self._drop, self._drop_seed, self.on_bad_row, self._complete = name, dict(drop or {}), drop_seed, on_bad_row, complete
-        self.num_workers = num_workers
+        self.num_workers, self._most_bad = num_workers, most_bad
         self._check_options()
         self.streamed = isinstance(dataset, datasets.IterableDataset)
         self._dataset = _raw(dataset, self.columns, name)
@@ -103,7 +106,7 @@ class Rows:
         rows = torch.arange(len(self._dataset))
         if not len(rows):
             raise ValueError(f"{self.name} has no rows, expected at least 1")
-        self._present, keep = self._select(_found(self._dataset, self._modality_columns()), rows)
+        self._present, keep = self._select(not_null(self._dataset, self._modality_columns()), rows)
         self._memory = self._prepare_all(memory_limit)
         keep[list(self.bad)] = False
         self._tell_skipped(len(rows))
@@ -127,8 +130,10 @@ class Rows:
         return [column.name for column in self.columns if column.modality]
 
     def _has(self, column: Column, present: Tensor) -> Tensor:
-        """(B,) bool: whether a row has the column; one that is no modality is in every row."""
-        return present[:, self.modalities.index(column.modality)] if column.modality else torch.ones(len(present), dtype=torch.bool)
+        """(B,) bool: whether a row has the column; one that is no modality is in every row that is kept."""
+        if column.modality:
+            return present[:, self.modalities.index(column.modality)]
+        return present.any(1) if self.modalities else torch.ones(len(present), dtype=torch.bool)
 
     def _select(self, found: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What is present (B,M) after hiding, of some rows and of what is found in them, and which of them are kept (B,)."""
@@ -199,7 +204,7 @@ class Rows:
             The row's number; its values, raw and undecoded; the characters of the text that is present, which stand in for
             tokens where rows are bucketed undecoded.
         """
-        self.bad = {}
+        self.bad, number = {}, -1
         for number, row in enumerate(self._dataset):
             rows = torch.tensor([number])
             present, keep = self._select(self._found({name: [value] for name, value in row.items()}, 1), rows)
@@ -210,6 +215,14 @@ class Rows:
             if keep and number not in self.bad:
                 texts = (row[column.name] for column in self.columns if column.shape is None and self._has(column, present))
                 yield number, row, sum(len(text) for text in texts if isinstance(text, str))
+            if number % 1000 == 999:
+                self._check_share(number + 1)
+        self._check_share(number + 1)
+
+    def _check_share(self, rows: int) -> None:
+        if len(self.bad) > self._most_bad * rows:
+            got = f"{called(self._dataset, self.name)}: got {len(self.bad)} bad rows of the first {rows} of a stream"
+            raise BadRow(f"{got}, expected at most {self._most_bad:.1%} (most_bad_rows); the first: {next(iter(self.bad.values()))}")
 
     def _found(self, values: Mapping[str, Sequence[Any]] | None, size: int) -> Tensor:
         """(B,M) bool: which modalities raw values hold."""
@@ -262,7 +275,7 @@ class Rows:
             size = 0 if column.shape is None else len(self._present) * math.prod(column.shape) * column.dtype.itemsize
             if column.shape and size > memory_limit:
                 if self.on_bad_row == "skip":
-                    list(self._prepared(column))
+                    collections.deque(self._prepared(column), maxlen=0)  # decoded, not kept
                 continue
             cut = getattr(column, "num_truncated", 0)
             try:
@@ -310,18 +323,9 @@ class Rows:
             for tensor in (packed.values, packed.lengths) if isinstance(packed, Ragged) else (packed,):
                 digest.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
         if not self.in_memory:
+            digest.update(repr(selected(self._dataset)).encode())
             digest.update(content_fingerprint(self.name, None if self.streamed else self._dataset).encode())
         return digest.hexdigest()
-
-
-def _found(dataset: Any, columns: Sequence[str]) -> Tensor:
-    """(N,M) bool: where columns are not null, without decoding or converting any value."""
-    if not columns or not isinstance(dataset, datasets.Dataset):  # generated rows lack nothing
-        return torch.ones(len(dataset), len(columns), dtype=torch.bool)
-    table = dataset.with_format("arrow")
-    chunks = (table[start : start + CHUNK] for start in range(0, len(dataset), CHUNK))
-    found = [np.stack([chunk[name].is_valid().to_numpy() for name in columns], 1) for chunk in chunks]
-    return torch.from_numpy(np.concatenate(found))
 
 
 def _raw(dataset: Any, columns: Sequence[Column], name: str) -> Any:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
+
 
 def select(dataset: Any, rows: Sequence[int]) -> Any:
     """``dataset.select(rows)`` of which :func:`file_row` knows the numbers: of rows in sequence `datasets` forgets where they were."""
@@ -11,8 +13,14 @@ def select(dataset: Any, rows: Sequence[int]) -> Any:
     return dataset.select(rows)
 
 
+def selected(dataset: Any) -> list[int] | None:
+    """The numbers of the rows before a selection, None where there was none; `datasets` keeps them in a private table only."""
+    indices = getattr(dataset, "_indices", None)
+    return None if indices is None else indices.column(0).to_pylist()
+
+
 def file_row(dataset: Any, row: int) -> int:
-    """The row's number before a selection; `datasets` keeps it in a private table only."""
+    """The row's number before a selection."""
     indices = getattr(dataset, "_indices", None)
     return row if indices is None else indices.column(0)[row].as_py()
 
@@ -24,5 +32,6 @@ def called(dataset: Any, name: str) -> str:
 
 
 def place(dataset: Any, name: str, row: int) -> str:
-    """What an error calls a row: the data set, and the row's number in its file."""
-    return f"{called(dataset, name)}: row {file_row(dataset, row)}"
+    """What an error calls a row: the data set, and the row's number in its file, or in a stream, of which rows may be held out."""
+    told = f"{called(dataset, name)}: row {file_row(dataset, row)}"
+    return f"{told} of the stream" if isinstance(dataset, datasets.IterableDataset) else told
