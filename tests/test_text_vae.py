@@ -168,6 +168,18 @@ def scores(model: TextVAE, z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return model.decode(z).log_prob(ids.masked_fill(~mask, -100)[:, 1:])
 
 
+def test_sentences_of_beams_are_padded_as_others_are():
+    model, z = make(), 3 * torch.randn(12, 3)
+    with torch.no_grad():
+        model.lm_head.bias[EOS] += 1.5
+    for options in ({}, {"num_return_sequences": 2}, {"return_dict_in_generate": True}):
+        written = model.generate(latents=z, num_beams=4, max_new_tokens=9, **options)
+        ids = written.sequences if "return_dict_in_generate" in options else written
+        ends = (ids == EOS).sum(1)
+        assert ends.max() == 1 and ids.shape[1] > 4
+        assert not any(row[row.tolist().index(EOS) + 1 :].any() for row in ids[ends.bool()]), "PAD, which is 0, after EOS"
+
+
 def test_beams_find_sentences_at_least_as_probable_as_the_greedy_ones():
     model, z = make(), 3 * torch.randn(16, 3)
     with torch.no_grad():

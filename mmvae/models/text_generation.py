@@ -203,6 +203,15 @@ class TextGeneration(ClassVAE, GenerationMixin):
                 rows, hidden, done = rows[~done], hidden[:, ~done], done[~done]
         return written[:, : int(lengths.max())]
 
+    def _beam_search(self, input_ids: Tensor, *args: Any, generation_config: GenerationConfig, **kwargs: Any) -> Any:
+        """transformers' beam search, which fills a row that has ended with EOS where PAD is token 0, padded as other sentences are."""
+        found = super()._beam_search(input_ids, *args, generation_config=generation_config, **kwargs)
+        if generation_config.eos_token_id is not None:
+            written = (found if isinstance(found, Tensor) else found.sequences)[:, input_ids.shape[1] :]
+            ends = torch.isin(written, torch.as_tensor(generation_config.eos_token_id, device=written.device)).long()
+            written.masked_fill_(ends.cumsum(1) > ends, generation_config.pad_token_id)
+        return found
+
     @staticmethod
     def _choose(scores: Tensor, generation_config: GenerationConfig) -> Tensor:
         """The next tokens (N,) by their scores (N, V)."""
