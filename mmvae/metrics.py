@@ -11,6 +11,7 @@ References:
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -186,7 +187,8 @@ def text_scores(texts: Sequence[str], truths: Sequence[str]) -> dict[str, float]
 
     Arguments:
         texts: what a model made.
-        truths: as many; not what a tokenizer made of them, or its unknown words would count as right.
+        truths: as many; not what a tokenizer made of them, or its unknown words would count as right. One that a truth has itself, as in
+            Penn Treebank, is one word.
 
     Returns:
         ``exact_match`` in [0, 1], runs of blanks counting as one; ``bleu`` and ``chrf`` of the corpus in [0, 100], with sacrebleu's
@@ -204,9 +206,15 @@ def text_scores(texts: Sequence[str], truths: Sequence[str]) -> dict[str, float]
     if len(texts) != len(truths) or not texts:
         raise ValueError(f"text_scores: received {len(texts)} texts and {len(truths)} truths, expected as many, and at least one")
     exact = sum(made.split() == true.split() for made, true in zip(texts, truths, strict=True)) / len(texts)
+    texts, truths = [_unknown_as_word(text) for text in texts], [_unknown_as_word(text) for text in truths]
     # force: no word to the user about tokenized text, which is what some data sets hold
-    bleu = sacrebleu.corpus_bleu(list(texts), [list(truths)], use_effective_order=True, force=True).score
-    return {"exact_match": exact, "bleu": bleu, "chrf": sacrebleu.corpus_chrf(list(texts), [list(truths)]).score}
+    bleu = sacrebleu.corpus_bleu(texts, [truths], use_effective_order=True, force=True).score
+    return {"exact_match": exact, "bleu": bleu, "chrf": sacrebleu.corpus_chrf(texts, [truths]).score}
+
+
+def _unknown_as_word(text: str) -> str:
+    """A text whose "<unk>" sacrebleu does not take for three words."""
+    return re.sub(r"<unk>|\[UNK\]", "unk", text)
 
 
 def diversity(texts: Sequence[str], known: Iterable[str] | None = None, max_self_bleu: int = 500) -> dict[str, float]:
@@ -237,8 +245,11 @@ def diversity(texts: Sequence[str], known: Iterable[str] | None = None, max_self
     for n in (1, 2):
         grams = [gram for text in words for gram in zip(*(text[i:] for i in range(n)), strict=False)]
         figures[f"distinct_{n}"] = len(set(grams)) / max(len(grams), 1)
-    some, bleu = list(texts[:max_self_bleu]), BLEU(effective_order=True, force=True)
-    scores = [bleu.sentence_score(text, some[:i] + some[i + 1 :]).score for i, text in enumerate(some)]
+    some, bleu = [_unknown_as_word(text) for text in texts[:max_self_bleu]], BLEU(effective_order=True, force=True)
+    empty = sum(not text.split() for text in some) > 1  # such a one is like another, of which BLEU knows nothing
+    scores = [
+        100.0 if empty and not text.split() else bleu.sentence_score(text, some[:i] + some[i + 1 :]).score for i, text in enumerate(some)
+    ]
     figures |= {"self_bleu": sum(scores) / len(scores)}
     if known is None:
         return figures

@@ -55,7 +55,7 @@ def evaluate_sentences(
         tokenizer: the model's.
         rows: with one column of text.
         truths: the texts of the data set by the row's number.
-        known: training texts, which samples may repeat, where there are any.
+        known: training texts as the tokenizer writes them, which samples may repeat, where there are any.
         reference: a language model and its tokenizer, which score the samples.
         num_generated: rows, and samples; at least two.
         num_beams: of reconstructions.

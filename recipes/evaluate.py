@@ -35,6 +35,7 @@ from mmvae.experiment import parse, precision
 from mmvae.judge import Judge
 from mmvae.modalities import read_columns
 from mmvae.pictures import table
+from mmvae.processing import decode_text
 from mmvae.record import public, without_place
 from mmvae.sentences import evaluate_sentences, samples
 
@@ -124,7 +125,9 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
         options |= {"max_new_tokens": args.max_new_tokens, "suppress_tokens": unwritten}
         try:
             known = splits(args.dataset, on_bad_row=args.on_bad_row)["train"]
-            options |= {"known": list(texts_of(known, columns[0].name, missing=True, on_bad_row="skip"))}
+            known = list(texts_of(known, columns[0].name, missing=True, on_bad_row="skip"))
+            ids = processor(known, padding=True, return_tensors="pt")["input_ids"]
+            options |= {"known": decode_text(processor, ids)}  # as the model writes
         except ValueError as error:  # a data set without training rows, or with broken ones
             logger.warning("no share of samples that repeat a training row: %s", error)
         if args.reference_lm:

@@ -141,6 +141,7 @@ def test_text_scores():
     )
     half = text_scores([truths[0], "nothing"], truths)
     assert half["exact_match"] == 0.5 and 10 < half["bleu"] < 70 and 20 < half["chrf"] < 80
+    assert text_scores(["the <unk> b"], ["a <unk> c"])["bleu"] == text_scores(["the unk b"], ["a unk c"])["bleu"], "one word, not three"
     assert text_scores(["", ""], truths) == {"exact_match": 0, "bleu": 0, "chrf": 0}
     assert text_scores(["heart", "square"], ["heart", "ellipse"])["bleu"] == pytest.approx(50)  # no text has two words
     with pytest.raises(ValueError, match="received 1 texts and 2 truths"):
@@ -164,5 +165,7 @@ def test_diversity_of_texts_that_are_all_alike_and_all_different():
     assert half["repeated"] == pytest.approx(1 / 3)
     assert diversity(words)["self_bleu"] < half["self_bleu"] < same["self_bleu"]
     assert diversity(["", "a"])["distinct_2"] == 0  # no pair at all
+    assert diversity([""] * 5)["self_bleu"] == 100, "a text of no words is like another"
+    assert diversity(["<unk> a", "<unk> b", "c d"])["self_bleu"] == diversity(["e a", "e b", "c d"])["self_bleu"], "one word, not three"
     with pytest.raises(ValueError, match="diversity: received 1 texts, expected at least two"):
         diversity(["alone"])
