@@ -126,6 +126,18 @@ def _figures(out: Any) -> dict[str, Tensor]:
     return told if out.elbo is None else {"neg_elbo_nats": -out.elbo, "kl_nats": out.kl, "reconstruction_nats": -out.log_px} | told
 
 
+def try_phases(model: PreTrainedModel, args: RunArguments, batch: Mapping[str, Tensor], transform: Transform | None) -> None:
+    """Try the objective of every later phase on a batch, so that one that does not fit the model is refused before any work is lost.
+
+    Raises:
+        ValueError: what the objective says.
+    """
+    keys = fold(args.seed, batch["row"])
+    batch = transform(dict(batch), keys) if transform else batch
+    for phase in build_phases(vars(args), args.phases)[1:]:
+        model.eval()(**model_inputs(model, batch), num_samples=phase.num_samples, objective=phase.objective, noise_key=keys)
+
+
 def vae_step(
     accelerator: Accelerator, model: torch.nn.Module, args: RunArguments, transform: Transform | None, **stepping: Any
 ) -> Callable:
@@ -194,6 +206,8 @@ def train(
         raise ValueError("max_steps: received None with streaming, expected a number: how many steps an epoch of a stream has is not known")
     steps = args.num_epochs * len(loaders["train"]) if args.max_steps is None else args.max_steps
     check_resets(build_phases(vars(args), args.phases), model)
+    if len(args.phases) > 1:
+        try_phases(model, args, next(loaders["train"].batches(0)), transform)
     args = args.in_steps(steps)  # so a longer run whose shares are more steps is told as another one
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]

@@ -129,7 +129,7 @@ class RunArguments:
         return told
 
     def suit_prior(self, prior: str, latent_dim: int) -> None:
-        """Default free bits per dimension become as many per row where the prior is a mixture: its KL has no dimensions.
+        """Default free bits per dimension become as many per row where the prior is no normal: a mixture's KL has no dimensions.
 
         Raises:
             ValueError: for free bits per dimension or unit that were asked for.
@@ -137,7 +137,7 @@ class RunArguments:
         options = self.objective_options
         floor = options.get("free_bits", 0.0)
         floors = floor if isinstance(floor, Mapping) else {options.get("free_bits_per", "dimension"): floor}
-        if prior == "standard_normal" or {group for group, nats in floors.items() if nats} <= {"row", "batch"}:
+        if prior in ("standard_normal", "learned_normal") or {group for group, nats in floors.items() if nats} <= {"row", "batch"}:
             return
         if options != mapping("objective_options", type(self).objective_options):
             raise ValueError(f"objective_options: received {options} with prior {prior!r}, expected free_bits_per 'row' or 'batch'")

@@ -119,8 +119,7 @@ def forward_perplexity(accelerator: Accelerator, model: TextVAE, tokenizer: Any,
     Raises:
         ValueError: for a model with a latent, whose likelihood is no exact figure.
     """
-    if model.config.latent_dim:
-        raise ValueError(f"reference: received a model with latent_dim {model.config.latent_dim}, expected 0, a language model")
+    check_language_model(model)
     rows = Rows(Dataset.from_dict({"text": list(texts)}), TextColumn("text", tokenizer), name="samples")
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     figures = evaluate_elbo(accelerator, model, Loader(rows, CHUNK, shuffle=False, **place))
@@ -128,3 +127,10 @@ def forward_perplexity(accelerator: Accelerator, model: TextVAE, tokenizer: Any,
     nll, tokens = figures["neg_elbo_nats"], figures["tokens"]
     shown = {"forward_nll_nats": nll, "forward_perplexity": perplexity(nll, tokens)}
     return shown | {"forward_unknown": unknown / (tokens * len(texts))}
+
+
+def check_language_model(model: Any) -> None:
+    """Refuse what is no language model, a `TextVAE` of ``latent_dim`` 0, whose likelihood is exact: ValueError."""
+    if not isinstance(model, TextVAE) or model.config.latent_dim:
+        received = f"latent_dim {model.config.latent_dim}" if isinstance(model, TextVAE) else type(model).__name__
+        raise ValueError(f"reference: received a model with {received}, expected 0, a language model")

@@ -37,7 +37,7 @@ from mmvae.modalities import read_columns
 from mmvae.pictures import table
 from mmvae.processing import decode_text
 from mmvae.record import public, without_place
-from mmvae.sentences import evaluate_sentences, samples
+from mmvae.sentences import check_language_model, evaluate_sentences, samples
 
 logger = logging.getLogger("mmvae")
 
@@ -79,6 +79,9 @@ class EvaluationArguments:
             raise ValueError(f"num_generated: received 0 with reference_lm {self.reference_lm!r}, expected at least 1 sample to score")
         if self.samples_file and (len(self.model) > 1 or not self.samples_file.endswith(".jsonl")):
             raise ValueError(f"samples_file: received {self.samples_file!r} of {len(self.model)} models, expected NAME.jsonl of one model")
+        for option in ("samples_file", "output"):
+            if (path := getattr(self, option)) and not Path(path).parent.is_dir():
+                raise ValueError(f"{option}: received {path!r}, expected a file in a folder that exists")
 
 
 def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> dict[str, Any]:
@@ -94,8 +97,9 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     )
     data = data if args.max_rows is None else data.select(range(min(args.max_rows, len(data))))
     joint, transform = isinstance(model, MMVAE), None
-    if args.label:
-        find_column(data, "label", args.label)  # it has to exist
+    if args.label:  # it has to exist
+        find_column(data, "label", args.label)
+        find_column(load_rows(args.dataset, on_bad_row=args.on_bad_row), "label", args.label)
     reading = {"max_length": args.max_length, "truncate": args.truncate}
     columns = read_columns(model, processor, data, args.modalities, args.column, **reading)
     if isinstance(columns[0], ImageColumn) and not joint:
@@ -104,6 +108,15 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     for option in ("reference_lm", "samples_file"):
         if getattr(args, option) and not writes:
             raise ValueError(f"{option}: received {getattr(args, option)!r} for a {type(model).__name__}, expected a text VAE")
+    for option, expected in (("judge", None), ("conditional_samples", 0)):
+        if getattr(args, option) and not joint:
+            raise ValueError(f"{option}: received {getattr(args, option)!r} for a {type(model).__name__}, expected {expected}, or an MMVAE")
+    if args.reference_lm and min(args.num_generated, len(data)) < 2:
+        raise ValueError(f"reference_lm: {min(args.num_generated, len(data))} samples to score, expected at least 2 (num_generated, rows)")
+    reference = None
+    if args.reference_lm:
+        reference = AutoModel.from_pretrained(args.reference_lm, dtype="float32").to(accelerator.device)
+        check_language_model(reference)
     if args.suppress_unknown and not (writes and unknown_alone(processor)):
         token = f" whose unknown token is {processor.unk_token!r}" if writes else ""
         raise ValueError(f"suppress_unknown: received True for a {type(model).__name__}{token}, expected a text VAE with one of its own")
@@ -130,8 +143,7 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
             options |= {"known": decode_text(processor, ids)}  # as the model writes
         except ValueError as error:  # a data set without training rows, or with broken ones
             logger.warning("no share of samples that repeat a training row: %s", error)
-        if args.reference_lm:
-            reference = AutoModel.from_pretrained(args.reference_lm, dtype="float32").to(accelerator.device)
+        if reference is not None:
             options |= {"reference": (reference, AutoProcessor.from_pretrained(args.reference_lm))}
         figures |= evaluate_sentences(accelerator, model, processor, rows, data[columns[0].name][:], **options)
     if args.samples_file:

@@ -108,6 +108,7 @@ def test_default_options_of_one_function_are_not_handed_to_another():
 def test_free_bits_suit_the_prior(prior):
     args = FreeBits()
     args.suit_prior("standard_normal", 8)
+    args.suit_prior("learned_normal", 8)
     assert args.objective_options == {"free_bits": 0.25}
     args.suit_prior(prior, 8)
     assert args.objective_options == {"free_bits": 2.0, "free_bits_per": "row"}
@@ -217,6 +218,21 @@ def test_how_a_run_goes_may_change_and_what_it_computes_may_not(tmp_path):
     with pytest.raises(CheckpointError, match=r"options.learning_rate: 0.001 -> 0.1"):
         train(*make(tmp_path, num_epochs=1, learning_rate=0.1))
     assert train(*make(tmp_path, num_epochs=1, accumulation=2, save_every=7, tracker=None)).step == 3
+
+
+def test_other_validation_rows_are_another_run(tmp_path):
+    train(*make(tmp_path, num_epochs=1))
+    accelerator, args, model, loaders = make(tmp_path, num_epochs=1)
+    with pytest.raises(CheckpointError, match="validation: "):
+        train(accelerator, args, model, loaders | {"validation": loader(7, shuffle=False)})
+
+
+@pytest.mark.parametrize("options", [{"free_bits": 0.1, "free_bits_per": "rows"}, {"divergence": "of nothing"}])
+def test_an_objective_of_a_later_phase_is_tried_first(tmp_path, options):
+    phases = [{"steps": 2}, {"objective_options": options}]
+    with pytest.raises(ValueError, match="free_bits_per|divergence"):
+        train(*make(tmp_path, phases=phases))
+    assert not list(tmp_path.rglob("step-*"))
 
 
 def test_a_change_that_is_allowed_by_name_is_resumed(tmp_path):

@@ -128,6 +128,14 @@ def test_the_recipes_train_it_and_give_both_perplexities(tmp_path, monkeypatch):
         evaluation.main()
         return json.loads((tmp_path / "figures.json").read_text())["metrics"]
 
+    with pytest.raises((ValueError, OSError), match="words"):  # before anything is measured
+        evaluated("lm", "--reference_lm", str(tmp_path / "words"), "--importance_samples", "1000000")
+    with pytest.raises(ValueError, match="samples_file: received '.*', expected a file in a folder that exists"):
+        evaluated("lm", "--samples_file", str(tmp_path / "no" / "samples.jsonl"))
+    with pytest.raises(ValueError, match="conditional_samples: received 5 for a TextVAE, expected 0, or an MMVAE"):
+        evaluated("lm", "--conditional_samples", "5")
+    with pytest.raises(ValueError, match="reference_lm: 1 samples to score, expected at least 2"):
+        evaluated("lm", "--reference_lm", str(tmp_path / "lm"), "--num_generated", "1")
     forward = evaluated("lm", "--reference_lm", str(tmp_path / "lm"), "--samples_file", str(written), "--num_samples", "150")
     assert 1 < forward["samples/forward_perplexity"] < 20 and forward["samples/forward_unknown"] < 0.5
     assert len({json.loads(line)["text"] for line in written.read_text().splitlines()}) > 100
