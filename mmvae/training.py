@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from mmvae import checkpoint
 from mmvae.checkpoint import CheckpointError
 from mmvae.loop import Batches, Run, Step, to_device, train_epoch
-from mmvae.optimization import EMA, micro_batches, unwrap, update
+from mmvae.optimization import EMA, lay_out_gradients, micro_batches, unwrap, update
 from mmvae.processes import Signals, locked
 from mmvae.snapshot import load_weights
 
@@ -199,6 +200,9 @@ def fit(
         if run.agree(refusal is not None):
             raise CheckpointError(refusal or f"{folder}: the main process was refused")
         run.restore(resume, set(allow_changes))
+        for entry in state.values():
+            if isinstance(entry, DistributedDataParallel):
+                lay_out_gradients(entry)
         with run.progress_bar(loader):
             run.settle(signals)
             while not run.done():
