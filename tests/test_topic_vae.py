@@ -102,6 +102,7 @@ def test_counts_of_any_dtype_are_the_same_counts():
         ({"vocabulary": []}, "vocabulary: received 0 words"),
         ({"latent_dim": 1}, "latent_dim: received 1, expected 2 to"),
         ({"concentration": 0.0}, "concentration: received 0.0, expected 0.001 to"),
+        ({"latent_dim": 2, "mixing": "mixture"}, "latent_dim: received 2 with mixing 'mixture', expected at least 3"),
         ({"mixing": "sum"}, "mixing: received 'sum', expected one of 'product', 'mixture'"),
     ],
 )

@@ -45,7 +45,7 @@ class TopicVAEConfig(VAEConfig):
         latent_dim: K, the number of topics; from 2.
         prior: "dirichlet", or a key of ``mmvae.priors.PRIORS``; in a joint model "standard_normal".
         concentration: of the Dirichlet distribution, for every topic; the smaller, the fewer topics in a document.
-        mixing: how topics make the words of a document: "product" or "mixture".
+        mixing: how topics make the words of a document: "product" or, of three topics or more, "mixture".
         hidden_size: width of the encoder's layers.
         encoder_layers: how many.
         dropout: on the encoder's last layer and, of a product, on the topics of a document, [0, 1).
@@ -81,6 +81,9 @@ class TopicVAEConfig(VAEConfig):
         if len(set(self.vocabulary)) < max(2, len(self.vocabulary)):
             received = f"{len(self.vocabulary)} words, {len(set(self.vocabulary))} of them different"
             raise ValueError(f"TopicVAEConfig.vocabulary: received {received}, expected at least 2, and each once")
+        if self.mixing == "mixture" and self.latent_dim < 3:
+            why = "its topics are normalised over each other, and of two any word would be all in one"
+            raise ValueError(f"TopicVAEConfig.latent_dim: received {self.latent_dim} with mixing 'mixture', expected at least 3: {why}")
 
 
 class _BatchNorm(nn.BatchNorm1d):
