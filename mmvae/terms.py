@@ -98,7 +98,7 @@ def free_bits(kl: Tensor, nats: float, per: str = "dimension", here: Tensor | No
         nats: the floor lambda of each group.
         per: the group: "dimension" (of every row, Li et al. 2019), "unit" (a dimension's mean over rows, Kingma et al. 2016), "row", or
             "batch" (the mean over rows). In "unit" and "batch" rows depend on each other.
-        here: (*, B) bool, of which rows a mean is; of all when None.
+        here: (*, B), at least 0, what a row weighs in a mean: whether it is there, or how probable the component is for it; 1 when None.
 
     Returns:
         The shape of ``kl``; dimensions are for the caller to sum.
@@ -111,7 +111,7 @@ def free_bits(kl: Tensor, nats: float, per: str = "dimension", here: Tensor | No
     if per in ("unit", "batch"):
         over = -2 if per == "unit" else -1
         weight = torch.ones_like(kl) if here is None else (here if per == "batch" else here.unsqueeze(-1)).expand_as(kl).to(kl.dtype)
-        mean = (weight * kl).sum(over, keepdim=True) / weight.sum(over, keepdim=True).clamp_min(1)
+        mean = (weight * kl).sum(over, keepdim=True) / weight.sum(over, keepdim=True).clamp_min(1e-9)
         return torch.where(mean > nats, kl, nats + 0.0 * kl)
     return kl.clamp_min(nats)
 
@@ -136,7 +136,7 @@ def kl_to_prior(terms: Terms, floor: float | Mapping[str, float] = 0.0, per: str
     each = divergence == "components" or terms.log_pk is not None or terms.q.mixture.components.batch_shape[0] == 1
     q = terms.drawn_from() if each else terms.q.mixture
     floors = {group: nats for group, nats in (floor if isinstance(floor, Mapping) else {per: floor}).items() if nats}
-    here = terms.weights() > -math.inf
+    here = terms.weights().exp()
     by_dimension = [group for group in floors if group not in ("row", "batch")]
     if isinstance(q, DiagNormal) and isinstance(terms.prior, DiagNormal):
         value = q.kl_per_dimension(terms.prior).flatten(-len(q.event_shape))

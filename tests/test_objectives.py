@@ -310,6 +310,8 @@ def test_free_bits_per_dimension_unit_row_and_batch():
 def test_free_bits_of_a_mean_are_those_of_the_rows_that_have_the_component():
     kl_, here = torch.tensor([[0.0, 3.0], [1.0, 1.0]]), torch.tensor([[False, True], [True, True]])  # (K, B)
     assert torch.equal(free_bits(kl_, 2.0, "batch", here), torch.tensor([[0.0, 3.0], [2.0, 2.0]]))
+    likely = torch.tensor([[0.9, 0.1], [0.1, 0.9]])  # of two classes, whose rows differ: .3 and 1 in the mean
+    assert torch.equal(free_bits(kl_, 0.5, "batch", likely), torch.tensor([[0.5, 0.5], [1.0, 1.0]]))
     per_unit = kl_.unsqueeze(-1)
     assert torch.equal(free_bits(per_unit, 2.0, "unit", here), torch.tensor([[0.0, 3.0], [2.0, 2.0]]).unsqueeze(-1))
     t = terms(components=3)
