@@ -25,7 +25,7 @@ from mmvae.density_fitting import fit_densities
 from mmvae.evaluation import Transform, evaluate_elbo, evaluate_vae, model_inputs
 from mmvae.hub import push, write_card, write_metrics
 from mmvae.noise import fold
-from mmvae.optimization import EMA, unwrap, update
+from mmvae.optimization import EMA, micro_batches, unwrap, update
 from mmvae.options import RunArguments, parse
 from mmvae.phases import begin, build_phases, check_resets, part_of, phase_at
 from mmvae.processing import ImageVAEImageProcessor, load_tokenizer, train_tokenizer
@@ -199,6 +199,9 @@ def train(
             returns goes to the trackers, see :func:`track`.
         measure: gives the figures of a validation, called as :func:`mmvae.evaluation.evaluate_elbo` is; ``args.monitor`` is one of them.
     """
+    if len(args.phases) > 1:
+        batch = next(loaders["train"].batches(0))
+        try_phases(model, args, next(micro_batches(batch, max(1, len(batch["row"]) // 2))), transform)  # on two rows
     if args.compile:
         for trunk in (model.base_model.encoder, model.base_model.decoder):
             trunk.compile()  # in place: the keys of the state stay as they are
@@ -206,8 +209,6 @@ def train(
         raise ValueError("max_steps: received None with streaming, expected a number: how many steps an epoch of a stream has is not known")
     steps = args.num_epochs * len(loaders["train"]) if args.max_steps is None else args.max_steps
     check_resets(build_phases(vars(args), args.phases), model)
-    if len(args.phases) > 1:
-        try_phases(model, args, next(loaders["train"].batches(0)), transform)
     args = args.in_steps(steps)  # so a longer run whose shares are more steps is told as another one
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
@@ -241,13 +242,15 @@ def train(
     phases = build_phases(vars(args), args.phases)
     step = vae_step(accelerator, prepared, args, transform, optimizer=optimizer, scheduler=scheduler, ema=ema)
     options = {name: value for name, value in asdict(args).items() if name not in _FREE} | {"mixed_precision": accelerator.mixed_precision}
+    info = {"config": json.loads(model.config.to_json_string()), "options": options}
+    if loaders["validation"] is not None:
+        info["validation"] = loaders["validation"].fingerprint
     model.train()
     result = fit(
         accelerator, step, loaders["train"], state=state, folder=Path(args.output_dir) / "checkpoints", max_steps=steps,
         evaluate=validate, eval_every=args.eval_every, monitor=None if args.monitor == "last" else args.monitor,
         patience=args.patience, patience_from=phases[-1].start, log_every=args.log_every, save_every=args.save_every, keep=args.keep,
-        resume=args.resume, seed=args.seed, allow_changes=args.allow_changes,
-        info={"config": json.loads(model.config.to_json_string()), "options": options, "validation": loaders["validation"].fingerprint},
+        resume=args.resume, seed=args.seed, allow_changes=args.allow_changes, info=info,
     )  # fmt: skip
     load_weights(prepared, result.checkpoint)
     unwrap(prepared).eval()

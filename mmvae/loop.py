@@ -153,8 +153,8 @@ class Run:
         names = [name for name, value in rows[0].items() if isinstance(value, Tensor)] if rows else []
         if names:
             table = torch.stack([torch.stack([row[name].detach().float() for name in names]) for row in rows])
-            mean = self.accelerator.gather(table[None]).mean(0)  # a sum over three ranks would depend on how many steps are pending
-            for row, values in zip(rows, mean.tolist(), strict=True):
+            each = self.accelerator.gather(table[None])  # one by one, as the order of a sum depends on how many steps are pending
+            for row, values in zip(rows, (sum(each.unbind(0)) / len(each)).tolist(), strict=True):
                 row.update(zip(names, values, strict=True))
         for n, row in enumerate(rows):
             at.skipped = at.skipped + 1 if row.get("skipped") else 0

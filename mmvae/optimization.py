@@ -107,9 +107,11 @@ def lay_out_gradients(model: DistributedDataParallel) -> None:
     """
     inner = model.module
     own = inner.__dict__.get("forward")  # Accelerate's, with autocast
-    inner.forward = lambda: sum(parameter.sum() for parameter in inner.parameters() if parameter.requires_grad)
+    inner.forward = lambda _: sum(parameter.sum() for parameter in inner.parameters() if parameter.requires_grad)
     try:
-        model().backward()  # the next forward pass takes up what this one has found
+        model(
+            torch.zeros(())
+        ).backward()  # on GPUs it wants an argument to move there; the next forward pass takes up what this one has found
         model.zero_grad()
     finally:
         del inner.forward

@@ -116,8 +116,8 @@ class RunArguments:
     @property
     def rows(self) -> dict[str, Any]:
         """What they say of how rows are read: options of `mmvae.data.Rows`."""
-        told = {"on_bad_row": self.on_bad_row, "most_bad": self.most_bad_rows, "num_workers": self.num_workers}
-        return {"name": self.dataset} | told
+        most = {"most_bad": self.most_bad_rows} if self.on_bad_row == "skip" else {}
+        return {"name": self.dataset, "on_bad_row": self.on_bad_row, "num_workers": self.num_workers} | most
 
     def in_steps(self, steps: int) -> Self:
         """These options with every share of a run of ``steps`` as a number of steps; see :func:`mmvae.schedules.in_steps`."""

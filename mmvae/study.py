@@ -57,7 +57,7 @@ class StudyRun(RunArguments):
         super().__post_init__()
         for option in ("vaes", "classifier", "augmentation"):
             setattr(self, option, mapping(option, getattr(self, option)))
-        self.label = self.label or ("shape" if self.dataset.startswith("sprites") else None)
+        self.label = self.label or ("shape" if self.dataset.split(":")[0] == "sprites" else None)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def main() -> None:
     except BadRow as error:  # beside pictures, a line that is broken spoils them all
         loaded, problems = {}, problems or [str(error)]
     for data in loaded.values():
-        already = told.get(str(data.split), ())
+        already = told.get(str(getattr(data, "split", None)), ())
         problems += [why for row, why in bad_rows(data, columns_of(data, args), args.dataset) if row not in already]
     print(*problems, sep="\n")
     print(f"{len(problems)} problems" if problems else "nothing is wrong")

@@ -89,7 +89,7 @@ class ClassifierRun(RunArguments):
         super().__post_init__()
         if self.head_only and (self.joint or not self.vae):
             raise ValueError(f"head_only: received True with joint={self.joint}, vae={self.vae}, expected a trained VAE, and not jointly")
-        self.label = self.label or ("shape" if self.dataset.startswith("sprites") else None)
+        self.label = self.label or ("shape" if self.dataset.split(":")[0] == "sprites" else None)
 
 
 def build(args: ClassifierRun, made: ClassifierArguments, data: Any, classes: tuple[str, ...]) -> tuple[LatentClassifier, Any, list]:

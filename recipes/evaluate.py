@@ -139,8 +139,8 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
         try:
             known = splits(args.dataset, on_bad_row=args.on_bad_row)["train"]
             known = list(texts_of(known, columns[0].name, missing=True, on_bad_row="skip"))
-            ids = processor(known, padding=True, return_tensors="pt")["input_ids"]
-            options |= {"known": decode_text(processor, ids)}  # as the model writes
+            written = (processor(text, return_tensors="pt")["input_ids"] for text in known)
+            options |= {"known": [decode_text(processor, ids)[0] for ids in written]}  # as the model writes
         except ValueError as error:  # a data set without training rows, or with broken ones
             logger.warning("no share of samples that repeat a training row: %s", error)
         if reference is not None:

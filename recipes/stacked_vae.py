@@ -74,7 +74,7 @@ def main() -> None:
     options = {"max_length": args.max_length, "truncate": args.truncate}
     (column,) = read_columns(below, processor, data["train"], made.modality, **options)
     columns = dict.fromkeys(data, column)
-    classes = made.label_column or ("shape" if args.dataset.startswith("sprites") else None)
+    classes = made.label_column or ("shape" if args.dataset.split(":")[0] == "sprites" else None)
     made.label_column = find_column(data["train"], "label", classes)
     if isinstance(column, ImageColumn):
         columns["train"] = replace(column, augmentation=Augmentation(**made.augmentation))

@@ -142,6 +142,19 @@ def test_pictures_with_captions_keep_their_pictures_where_bad_rows_are_skipped(t
     assert "metadata.jsonl: line 2, column" in checked(tmp_path / "data", capsys, monkeypatch)
 
 
+def test_lines_are_skipped_beside_files_that_are_no_data(tmp_path):
+    (tmp_path / ".cache" / "hub").mkdir(parents=True)
+    (tmp_path / ".cache" / "hub" / "train.jsonl.metadata").write_text("x")
+    for name in ("LICENSE.txt", "README.md"):
+        (tmp_path / name).write_text("Do as you like.")
+    (tmp_path / "train.jsonl").write_text('{"text": "w1"}\n{"text" oh\n')
+    assert load_rows(str(tmp_path), on_bad_row="skip")["text"][:] == ["w1", None]
+
+
+def test_the_built_in_data_is_checked(capsys, monkeypatch):
+    assert "nothing is wrong" in checked("sprites:1:20", capsys, monkeypatch)
+
+
 def test_a_broken_line_of_one_split_hides_no_row_of_another(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "data"
     folder.mkdir()

@@ -220,6 +220,11 @@ def test_how_a_run_goes_may_change_and_what_it_computes_may_not(tmp_path):
     assert train(*make(tmp_path, num_epochs=1, accumulation=2, save_every=7, tracker=None)).step == 3
 
 
+def test_empty_rows_do_not_stop_a_stream_that_leaves_them_out():
+    assert "most_bad" in RunArguments(num_epochs=1, on_bad_row="skip").rows
+    assert "most_bad" not in RunArguments(num_epochs=1).rows
+
+
 def test_other_validation_rows_are_another_run(tmp_path):
     train(*make(tmp_path, num_epochs=1))
     accelerator, args, model, loaders = make(tmp_path, num_epochs=1)

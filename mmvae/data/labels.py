@@ -35,7 +35,7 @@ def read_labels(rows: Any, column: LabelColumn, name: str = "data", *, every_cla
     """
     if len(column.classes) < 2:
         raise ValueError(f"{name}: field {column.name!r}: got the class {column.classes[0]!r} alone, expected at least 2 classes")
-    read = Rows(rows, column, name=name, on_bad_row=on_bad_row)
+    read = Rows(rows, column, name=f"{name}, labels" if on_bad_row == "skip" else name, on_bad_row=on_bad_row)
     labels = torch.full((len(rows),), -100)
     labels[read.numbers] = read.batch(read.numbers, read.numbers)["labels"]
     found = labels[labels >= 0].bincount(minlength=len(column.classes))

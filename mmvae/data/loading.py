@@ -53,6 +53,7 @@ _COMMON = {
     "text": ("text", "caption", "sentence", "content", "question", "document"),
     "label": ("label", "labels", "class", "category", "fine_label"),
 }
+_BESIDE = {"LICENSE", "LICENCE", "COPYING", "NOTICE", "README"}  # files that are no data
 _SPLITS = ("train", "validation", "test")
 _MOST_CLASSES = 65_536  # a label beyond is no number of a class
 _HELD_OUT = 0x68656C64
@@ -163,7 +164,8 @@ def line_files(path: Path) -> dict[str, list[str]]:
     """The JSON-lines files of a file or folder by split, in order; none where they are not all of the data, but beside pictures, say."""
     if path.is_file():
         return {"train": [str(path)]} if path.suffix.lower() == ".jsonl" else {}
-    kinds = {file.suffix.lower() for file in path.rglob("*") if file.is_file()} - {".md", ""}
+    shown = (file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts))
+    kinds = {file.suffix.lower() for file in shown if file.is_file() and file.stem.upper() not in _BESIDE} - {".md", ""}
     found = datasets.load_dataset_builder("text", data_dir=str(path)).config.data_files if kinds == {".jsonl"} else {}
     chosen = {str(split): [file for file in names if file.endswith(".jsonl")] for split, names in found.items()}
     return {split: names for split, names in chosen.items() if names}
