@@ -48,6 +48,15 @@ def test_the_loss_is_the_cross_entropy_and_jointly_also_the_bound(options):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_pseudo_inputs_of_a_vamp_prior_are_not_masked():
+    model = build(pose="rotation+shift", prior="vamp", prior_components=4).eval()
+    logits = model(PIXELS).logits
+    with torch.no_grad():
+        pseudo = [parameter for name, parameter in model.named_parameters() if "pseudo" in name]
+        [parameter.copy_(torch.rand_like(parameter)) for parameter in pseudo]
+    assert pseudo and torch.equal(model(PIXELS).logits, logits)
+
+
 def test_the_pipeline_draws_masks_at_the_pictures_size(tmp_path):
     model = build(id2label={0: "ground", 1: "cat", 2: "dog"}).eval()
     model.save_pretrained(tmp_path)
