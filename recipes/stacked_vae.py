@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
-from mmvae import StackedVAE
+from mmvae import ImageVAE, StackedVAE, TextVAE
 from mmvae.baselines import posterior_means
 from mmvae.data import Augmentation, ImageColumn, Rows, find_column, splits
 from mmvae.data.labels import spread_labels
@@ -71,6 +71,8 @@ def main() -> None:
     args, made = parse(StackedRun, StackedArguments)
     accelerator, data = start(args), splits(args.dataset)
     below, processor = AutoModel.from_pretrained(args.vae, dtype="float32"), AutoProcessor.from_pretrained(args.vae)
+    if not isinstance(below, ImageVAE | TextVAE):
+        raise ValueError(f"vae: received {args.vae!r}, a {type(below).__name__}, expected an ImageVAE or a TextVAE")
     options = {"max_length": args.max_length, "truncate": args.truncate}
     (column,) = read_columns(below, processor, data["train"], made.modality, **options)
     columns = dict.fromkeys(data, column)

@@ -85,6 +85,10 @@ def test_what_cannot_be_stacked_is_refused():
     for below in (ImageVAEConfig(image_size=8, spatial_latent=True), ImageVAEConfig(image_size=8, num_classes=2)):
         with pytest.raises(ValueError, match="expected a VAE of one modality without classes whose latent is a vector"):
             StackedVAE(StackedVAEConfig(below=below, num_classes=2))
+    posed = {"image_size": 16, "hidden_channels": [8], "latent_dim": 6, "pose": "rotation+shift"}
+    with pytest.raises(ValueError, match="received pose 'rotation.shift' with prior 'standard_normal'"):
+        StackedVAE(StackedVAEConfig(below=ImageVAEConfig(**posed), num_classes=2))
+    assert StackedVAE(StackedVAEConfig(below=ImageVAEConfig(**posed, prior="mixture"), num_classes=2)).below.pose is not None
     with pytest.raises(ValueError, match="StackedVAEConfig.below: received model_type 'mmvae'"):
         StackedVAE(StackedVAEConfig(below=MMVAEConfig(modalities={"image": ImageVAEConfig(image_size=8)}), num_classes=2))
 

@@ -87,6 +87,9 @@ class StackedVAE(ClassVAE):
             received = f"{getattr(config.below, 'model_type', config.below)!r} with {config.num_classes} classes"
             raise ValueError(f"StackedVAEConfig.below, num_classes: received {received}, expected a VAE's configuration and at least 2")
         self.below = AutoModel.from_config(config.below).requires_grad_(False)
+        if getattr(config.below, "pose", "none") != "none" and config.below.prior == "standard_normal":
+            why = "whose posterior has no density under another prior than its own; expected a mixture or Vamp prior, or no pose"
+            raise ValueError(f"StackedVAEConfig.below: received pose {config.below.pose!r} with prior 'standard_normal', {why}")
         size, hidden, shape = config.below.latent_dim, config.hidden_size, self.below.latent_shape
         if not isinstance(self.below, VAEModel) or len(shape) != 1 or not size or getattr(config.below, "num_classes", 0):
             expected = "expected a VAE of one modality without classes whose latent is a vector"
