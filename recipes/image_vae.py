@@ -85,7 +85,7 @@ def walks(model: ImageVAE, start: Tensor, units: int = 8, steps: int = 9, **cond
     """Pictures (units, steps, C, H, W) along the latent's most active dimensions, -3 to 3, and their names."""
     spread = start.flatten(1).var(0, correction=0)
     chosen = spread.argsort(descending=True)[:units]
-    z = start[:1].expand(len(chosen) * steps, *start.shape[1:]).clone()
+    z = start[:1].expand(len(chosen) * steps, *start.shape[1:]).clone(memory_format=torch.contiguous_format)
     values = torch.linspace(-3, 3, steps, device=z.device).repeat(len(chosen))
     z.flatten(1)[torch.arange(len(z)), chosen.repeat_interleave(steps)] = values
     return model.render(z, **condition).unflatten(0, (-1, steps)), [f"z{unit}" for unit in chosen.tolist()]

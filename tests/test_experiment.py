@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from recipe_runs import recipe
 
 from mmvae import ImageVAE, ImageVAEConfig, TextVAE, TextVAEConfig, checkpoint
 from mmvae.checkpoint import CheckpointError
@@ -218,6 +219,14 @@ def test_how_a_run_goes_may_change_and_what_it_computes_may_not(tmp_path):
     with pytest.raises(CheckpointError, match=r"options.learning_rate: 0.001 -> 0.1"):
         train(*make(tmp_path, num_epochs=1, learning_rate=0.1))
     assert train(*make(tmp_path, num_epochs=1, accumulation=2, save_every=7, tracker=None)).step == 3
+
+
+def test_walks_along_a_spatial_latent_change_the_picture():
+    config = ImageVAEConfig(image_size=8, num_channels=1, hidden_channels=[4], latent_dim=2, spatial_latent=True)
+    model = ImageVAE(config).to(memory_format=torch.channels_last).eval()
+    z = torch.randn(4, 2, 4, 4).to(memory_format=torch.channels_last)
+    pictures, _ = recipe("image_vae").walks(model, z, units=3, steps=5)
+    assert all(not torch.equal(row[0], row[-1]) for row in pictures.detach())
 
 
 def test_empty_rows_do_not_stop_a_stream_that_leaves_them_out():
