@@ -256,6 +256,7 @@ def _published(folder: Path) -> dict[str, Path]:
     if missing:
         raise FileNotFoundError(f"{folder}: no {' and no '.join(missing)}, expected a model folder as save_pretrained writes it")
     files = [path for path in folder.iterdir() if path.is_file() and path.suffix in _PUBLISHED and not path.name.startswith(".")]
+    files = [path for path in files if path.name != "bad_rows.txt"]  # paths and texts of this machine
     files += (folder / "figures").glob("*.png")
     files += [path for part in _parts(folder) for path in part.iterdir() if path.suffix in _PUBLISHED]
     return {path.relative_to(folder).as_posix(): path for path in sorted(files)}

@@ -33,6 +33,7 @@ def folder(tmp_path_factory) -> Path:
     for name in (
         "checkpoints/step-1/model.safetensors",
         "history.jsonl",
+        "bad_rows.txt",
         ".metrics.json.tmp",
         "logs/events.json",
         "optimizer.bin",
