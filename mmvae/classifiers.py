@@ -103,7 +103,7 @@ def picture_accuracy(model: PictureClassifier, data: Any, column: ImageColumn, l
 def _labelled(data: Any, column: ImageColumn, label: str, classes: Sequence[str]) -> Rows:
     """Pictures with their classes; of a joint model's column, the rows that have one."""
     column = replace(column, prefix="", modality=column.modality or "image")
-    return Rows(data, [column, LabelColumn(label, tuple(classes))], name="labelled rows", on_bad_row="skip_empty")
+    return Rows(data, [column, LabelColumn(label, tuple(classes))], name="labelled rows", on_bad_row="skip")
 
 
 def text_classifier(texts: Sequence[str | None], labels: Sequence[int]) -> Callable[[Sequence[str]], Tensor]:

@@ -208,10 +208,8 @@ def read_columns(
         raise ValueError(f"modalities: received {list(found)}, expected the model's, {list(own)}")
     if joint:
         processor.check(model.config)
-    elif [*own.values()] == ["text"] and len(processor) > model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer: received one of {len(processor)} tokens, expected at most {model.config.vocab_size}, the model's vocab_size"
-        )
+    elif [*own.values()] == ["text"] and len(processor) > (size := getattr(model.config, "below", model.config).vocab_size):
+        raise ValueError(f"tokenizer: received one of {len(processor)} tokens, expected at most {size}, the model's vocab_size")
     made = {}
     for name, vae in vaes.items():
         kind, source = found[name]

@@ -35,6 +35,7 @@ from mmvae.data.selection import select
 from mmvae.evaluation import binarization, model_inputs, predict
 from mmvae.experiment import parse, start
 from mmvae.hub import write_metrics
+from mmvae.loop import to_device
 from mmvae.modalities import overridden
 from mmvae.models.classes import ClassVAE
 from mmvae.models.heads import classifier_of
@@ -104,7 +105,9 @@ def around(model: ClassVAE, rows: Rows, labels: Tensor, seed: int, candidates: i
     generator, loader, seen = torch.Generator().manual_seed(seed), Loader(rows, 500, seed=seed), []
     with torch.no_grad():
         for batch in (batch for epoch in range(-(-2 * len(labels) // rows.num_rows)) for batch in loader.batches(epoch)):
-            seen.append((batch["labels"], batch["row"], model.posterior(**model_inputs(model, batch)).mixture.mean.cpu()))
+            seen.append(
+                (batch["labels"], batch["row"], model.posterior(**model_inputs(model, to_device(model.device, batch))).mixture.mean.cpu())
+            )
     told, number, z = (torch.cat(each) for each in zip(*seen, strict=True))
     of_class = {label: (told == label).nonzero().flatten() for label in labels.unique().tolist()}
     rows_of = [of_class[label] for label in labels.tolist()]

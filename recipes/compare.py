@@ -76,6 +76,7 @@ def plain(kind: type[LatentClassifier]) -> type[LatentClassifier]:
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             moments = self.base_model.to_moments
+            moments = moments[0] if isinstance(moments, nn.Sequential) else moments  # with mean_scale, before its normalisation
             width = moments.in_features if isinstance(moments, nn.Linear) else moments.in_channels * math.prod(config.bottom_size)
             self.head = nn.Sequential(nn.Dropout(config.classifier_dropout), nn.Linear(width, config.num_labels))
 

@@ -106,6 +106,10 @@ def build(args: JointRun, joint: JointArguments, data: Mapping[str, Any]) -> tup
     """The model, what reads and writes for it, and a column for every modality."""
     sizes = {name: {"latent_dim": joint.latent_dim + joint.private_dims.get(name, 0)} for name in joint.kinds}
     fields = {name: joint.vaes.get(name, {}) | size for name, size in sizes.items()}
+    for name, own in fields.items():
+        if own.get("binarize", "none") != "none":
+            expected = "expected 'none': a joint model is trained on the pixels as they are"
+            raise ValueError(f"vaes: {name}: binarize: received {own['binarize']!r}, {expected}")
     for own in (own for own in fields.values() if "pose" in own):
         own["pose"] = suited_pose(own["pose"], args.dataset)
     reading = {"max_length": args.max_length, "truncate": args.truncate}
