@@ -196,6 +196,8 @@ class Likelihood(nn.Module):
         ValueError: for a name or mode that does not exist.
     """
 
+    running_scale = True  # may move in training: see `mmvae.nn.running_statistics`
+
     def __init__(self, name: str, scale_mode: str = "learned", scale: float = 0.1):
         super().__init__()
         if name not in LIKELIHOODS:

@@ -6,7 +6,7 @@ PixelShuffle instead of transposed ones.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -32,6 +32,12 @@ def some_rows(mask: Tensor) -> Tensor | None:
         return None
     rows = mask.nonzero().squeeze(1)
     return rows if len(rows) else rows.new_zeros(1)
+
+
+def unless_seen(module: nn.Module, mask: Tensor, rows: Tensor | None) -> AbstractContextManager[None]:
+    """:func:`running_statistics` where mask (B,) is true of no row, so that its :func:`some_rows` are a filler; else nothing."""
+    seen = rows is None or len(rows) > 1 or bool(mask.any())
+    return nullcontext() if seen else running_statistics(module)
 
 
 def take_rows(inputs: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, Tensor]:
@@ -122,15 +128,16 @@ def receptive_radius(num_levels: int, num_blocks: int) -> int:
 
 @contextmanager
 def running_statistics(module: nn.Module) -> Iterator[None]:
-    """Within it, batch normalisation anywhere in a module uses its running statistics, as in evaluation, and leaves them as they are."""
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
-    for norm in norms:
-        norm.eval()
+    """Within it, batch normalisation and running scales anywhere in a module stay as they are, and are used as in evaluation."""
+    running = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) or hasattr(part, "running_scale")]
+    running = [part for part in running if part.training]
+    for part in running:
+        part.training = False
     try:
         yield
     finally:
-        for norm in norms:
-            norm.train()
+        for part in running:
+            part.training = True
 
 
 class ScaledMean(nn.Module):

@@ -106,6 +106,20 @@ def test_what_is_missing_may_hold_anything_and_takes_no_gradient(model):
         torch.testing.assert_close(grad, grads[1][name], msg=name)
 
 
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_fillers_move_no_running_figure(norm):
+    options = {"likelihood": "gaussian", "scale_mode": "optimal", "norm": norm}
+    torch.manual_seed(0)
+    model = MMVAE(MMVAEConfig(modalities={"image": ImageVAEConfig(**IMAGE | options), "text": TextVAEConfig(**TEXT)})).train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    present = torch.ones(5, 2, dtype=torch.bool)
+    for there in (False, True):
+        present[1:, 0], present[0, 0] = there, False
+        model(**batch(), present=present).loss.backward()
+        changed = [name for name, value in model.named_buffers() if not torch.equal(value, before[name])]
+        assert bool(changed) == there and all(parameter.grad is not None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_every_parameter_keeps_its_gradient_where_a_batch_lacks_a_modality(missing):
     """Else one of two ranks waits for a gradient that the other never has."""

@@ -30,7 +30,7 @@ from mmvae.models.base import VAEOutput
 from mmvae.models.configuration import MMVAEConfig, input_name, prefixes
 from mmvae.models.inherited import FOREIGN_ARGUMENTS, nearest
 from mmvae.models.joint_generation import JointGeneration
-from mmvae.nn import some_rows, take_rows
+from mmvae.nn import some_rows, take_rows, unless_seen
 from mmvae.noise import fold, keyed_uniform
 from mmvae.objectives import OBJECTIVES, Objective
 from mmvae.priors import PRIORS, LearnedNormal
@@ -182,7 +182,8 @@ class MMVAE(JointGeneration):
             return DiagNormal(blank, blank), None
         rows, is_source = some_rows(visible), name in self.config.sources.values()
         inputs = take_rows(inputs, rows)
-        q, states = vae.encode_with_states(**inputs) if is_source else (vae.encode(**inputs), None)
+        with unless_seen(vae, visible, rows):
+            q, states = vae.encode_with_states(**inputs) if is_source else (vae.encode(**inputs), None)
         if rows is None:
             return q, states
 
@@ -273,8 +274,9 @@ class MMVAE(JointGeneration):
                 continue
             rows, latent = some_rows(given.present[:, m]), torch.cat([z, private[name]], -1) if name in private else z
             conditions = self.source_of(name, q) | given.conditions[name]
-            p = vae.decode(latent if rows is None else latent[:, :, rows], **take_rows(conditions, rows))
-            log_prob = p.log_prob(vae.target(**take_rows(given.inputs[name], rows)))
+            with unless_seen(vae, given.present[:, m], rows):
+                p = vae.decode(latent if rows is None else latent[:, :, rows], **take_rows(conditions, rows))
+                log_prob = p.log_prob(vae.target(**take_rows(given.inputs[name], rows)))
             if rows is not None:
                 log_prob = values[name].to(log_prob).index_copy(2, rows, torch.where(given.present[rows, m], log_prob, 0.0))
             values[name] = log_prob
