@@ -27,7 +27,7 @@ from mmvae.hub import push, write_card, write_metrics
 from mmvae.noise import fold
 from mmvae.optimization import EMA, micro_batches, unwrap, update
 from mmvae.options import RunArguments, parse
-from mmvae.phases import begin, build_phases, check_resets, part_of, phase_at
+from mmvae.phases import begin, build_phases, check_objectives, check_resets, part_of, phase_at
 from mmvae.processing import ImageVAEImageProcessor, load_tokenizer, train_tokenizer
 from mmvae.record import public, without_place
 from mmvae.training import Result, fit, load_weights
@@ -208,7 +208,8 @@ def train(
     if args.max_steps is None and loaders["train"].num_rows is None:
         raise ValueError("max_steps: received None with streaming, expected a number: how many steps an epoch of a stream has is not known")
     steps = args.num_epochs * len(loaders["train"]) if args.max_steps is None else args.max_steps
-    check_resets(build_phases(vars(args), args.phases), model)
+    for check in (check_resets, check_objectives):
+        check(build_phases(vars(args), args.phases), model)
     args = args.in_steps(steps)  # so a longer run whose shares are more steps is told as another one
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]

@@ -227,16 +227,12 @@ def mmvm(terms: Terms, beta: float = 1.0, prior_weight: float = 0.0, regularizer
         (B,) nats.
 
     Raises:
-        ValueError: for another ``regularizer``, and where there is not one component for every modality, or nothing to draw together.
+        ValueError: for another ``regularizer``, and where there is not one component for every modality.
     """
     mixture, size = terms.q.mixture, len(terms.q.experts)
     if len(mixture.log_weights) != size:
         raise ValueError(
             f"mmvm: received {len(mixture.log_weights)} components of {size} modalities, expected one each (aggregation 'moe')"
-        )
-    if size == 1 and not prior_weight:
-        raise ValueError(
-            "mmvm: received one modality and prior_weight 0, so no divergence at all; expected more modalities, or prior_weight"
         )
     if regularizer == "mixture":
         divergence = terms.drawn_from().log_prob(terms.z) - mixture.log_prob(terms.z)

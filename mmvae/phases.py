@@ -27,7 +27,7 @@ from torch import nn
 
 from mmvae.models.configuration import bind
 from mmvae.noise import fold
-from mmvae.objectives import OBJECTIVES, Objective
+from mmvae.objectives import OBJECTIVES, Objective, mmvm
 from mmvae.optimization import EMA, unwrap
 from mmvae.schedules import SCHEDULES, Schedule
 
@@ -147,6 +147,15 @@ def check_resets(phases: Sequence[Phase], model: nn.Module) -> None:
     shared = any(getattr(getattr(module, "config", None), "share_embeddings", False) for module in model.modules())
     if shared and any(phase.reset == "generation" for phase in phases):
         raise ValueError("reset: received 'generation' with share_embeddings, expected an encoder with an embedding of its own")
+
+
+def check_objectives(phases: Sequence[Phase], model: nn.Module) -> None:
+    """Refuse mmvm of one modality without a divergence from the prior, which is none at all: ValueError."""
+    alone = len(getattr(model, "vaes", ("itself",))) < 2
+    if alone and any(phase.objective.func is mmvm and not phase.objective.keywords.get("prior_weight") for phase in phases):
+        raise ValueError(
+            "objective: received 'mmvm' with prior_weight 0 for one modality, so no divergence at all, expected more of either"
+        )
 
 
 @torch.no_grad()

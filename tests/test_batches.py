@@ -110,6 +110,7 @@ def test_start_leaves_batches_out(rows, start):
     assert same(list(loader.batches(5))[start:], loader.batches(5, start=start))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")  # where the machine lends one core
 def test_workers_change_nothing(tmp_path):
     for options in ({"memory_limit": 0}, {"streaming": True}, {}):
         rows, other = (image_rows(tmp_path, num_workers=number, **options) for number in (0, 2))
@@ -276,6 +277,7 @@ def test_streams_without_declared_features():
         list(Loader(Rows(stream, TextColumn("note", tokenizer("w1"))), 2).batches(0))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")  # where the machine lends one core
 @pytest.mark.parametrize("memory_limit", [0, 2**30])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_bad_pictures_are_named_with_their_file(tmp_path, num_workers, memory_limit):

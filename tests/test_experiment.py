@@ -221,6 +221,11 @@ def test_how_a_run_goes_may_change_and_what_it_computes_may_not(tmp_path):
     assert train(*make(tmp_path, num_epochs=1, accumulation=2, save_every=7, tracker=None)).step == 3
 
 
+def test_one_modality_alone_is_not_drawn_to_itself(tmp_path):
+    with pytest.raises(ValueError, match="objective: received 'mmvm' with prior_weight 0 for one modality"):
+        train(*make(tmp_path, objective="mmvm"))
+
+
 def test_walks_along_a_spatial_latent_change_the_picture():
     config = ImageVAEConfig(image_size=8, num_channels=1, hidden_channels=[4], latent_dim=2, spatial_latent=True)
     model = ImageVAE(config).to(memory_format=torch.channels_last).eval()

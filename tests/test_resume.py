@@ -242,7 +242,7 @@ def ranks(tmp_path_factory):
         {"folder": str(root / "dropout"), "num_epochs": 3, "seed": 5},
         {"folder": str(root / "raised"), "num_epochs": 3},
     ]
-    raised = launch({"report": str(root), "runs": [runs[-1] | {"raise_at": 4}]}, timeout=60)
+    raised = launch({"report": str(root), "runs": [runs[-1] | {"raise_at": 4}]}, timeout=120)
     (root / "raised.txt").write_text(f"{raised.returncode} {raised.stderr}")
     process = launch({"report": str(root), "runs": runs}, timeout=200)
     reports = [root / f"rank{rank}.json" for rank in range(3)]
