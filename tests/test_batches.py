@@ -2,8 +2,8 @@
 
 import os
 import resource
-import subprocess
-import sys
+import signal
+import time
 from pathlib import Path
 
 import datasets
@@ -299,26 +299,24 @@ def test_workers_leave_to_the_main_process_what_is_told_of_bad_pictures(tmp_path
     assert same(Loader(rows[0], 3).batches(0), Loader(rows[1], 3).batches(0))
 
 
-def test_workers_end_with_a_main_process_that_is_killed(tmp_path):
-    image_rows(tmp_path, 1)
-    code = """
-import sys, time
-import datasets
-from mmvae.data import ImageColumn, Rows
-import mmvae.data.preparation
-def slow(*_):
-    print("working", flush=True)
-    time.sleep(100)
-mmvae.data.preparation.prepare_good = slow
-Rows(datasets.load_dataset("imagefolder", data_dir=sys.argv[1], split="train"), ImageColumn("image", 8), num_workers=1)
-"""
-    main = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert main.stdout.readline() == "working\n"
-    (worker,) = psutil.Process(main.pid).children()
-    main.kill()
-    main.wait()
+def test_workers_end_with_a_main_process_that_is_killed(tmp_path, monkeypatch):
+    read, write = os.pipe()
+
+    def slow(*_):
+        os.write(write, str(os.getpid()).encode())
+        time.sleep(100)
+
+    monkeypatch.setattr("mmvae.data.preparation.prepare_good", slow)
+    main = os.fork()
+    if not main:
+        try:
+            image_rows(tmp_path, 1, num_workers=1)
+        finally:
+            os._exit(1)
+    worker = psutil.Process(int(os.read(read, 20)))
+    os.kill(main, signal.SIGKILL)
+    os.waitpid(main, 0)
     worker.wait(timeout=20)
-    main.stdout.close()
 
 
 def test_another_choice_of_rows_has_another_fingerprint_though_no_picture_is_read(tmp_path):
