@@ -208,8 +208,8 @@ def train(
     if args.max_steps is None and loaders["train"].num_rows is None:
         raise ValueError("max_steps: received None with streaming, expected a number: how many steps an epoch of a stream has is not known")
     steps = args.num_epochs * len(loaders["train"]) if args.max_steps is None else args.max_steps
-    for check in (check_resets, check_objectives):
-        check(build_phases(vars(args), args.phases), model)
+    phases = build_phases(vars(args), args.phases)
+    check_resets(phases, model), check_objectives(phases, model)
     args = args.in_steps(steps)  # so a longer run whose shares are more steps is told as another one
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]

@@ -109,9 +109,8 @@ def lay_out_gradients(model: DistributedDataParallel) -> None:
     own = inner.__dict__.get("forward")  # Accelerate's, with autocast
     inner.forward = lambda _: sum(parameter.sum() for parameter in inner.parameters() if parameter.requires_grad)
     try:
-        model(
-            torch.zeros(())
-        ).backward()  # on GPUs it wants an argument to move there; the next forward pass takes up what this one has found
+        # on GPUs it wants an argument to move there; the next forward pass takes up what this backward pass has found
+        model(torch.zeros(())).backward()
         model.zero_grad()
     finally:
         del inner.forward

@@ -149,6 +149,11 @@ def suited_pose(pose: str, dataset: str) -> str:
     return pose if pose != "auto" else "rotation+shift" if dataset.split(":")[0] == "sprites" else "none"
 
 
+def suited_label(label: str | None, dataset: str) -> str | None:
+    """The column of the classes as it was asked for; of the built-in sprites, which have several, else their shape."""
+    return label or ("shape" if dataset.split(":")[0] == "sprites" else None)
+
+
 def mapping(name: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
     """An option that takes options, from JSON or as it is.
 

@@ -20,7 +20,7 @@ from mmvae.modalities import from_scratch
 from mmvae.models.configuration import VAEConfig
 from mmvae.models.heads import ImageVAEForImageClassification, TextVAEForSequenceClassification
 from mmvae.optimization import freeze_unreached
-from mmvae.options import RunArguments, mapping
+from mmvae.options import RunArguments, mapping, suited_label
 from mmvae.training import Result
 
 CLASSIFIERS = (ImageVAEForImageClassification, TextVAEForSequenceClassification)
@@ -57,7 +57,7 @@ class StudyRun(RunArguments):
         super().__post_init__()
         for option in ("vaes", "classifier", "augmentation"):
             setattr(self, option, mapping(option, getattr(self, option)))
-        self.label = self.label or ("shape" if self.dataset.split(":")[0] == "sprites" else None)
+        self.label = suited_label(self.label, self.dataset)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from mmvae.metrics import classification, confusion, per_class
 from mmvae.modalities import from_scratch, overridden, read_columns
 from mmvae.models.heads import LatentClassifier, classifier_of
 from mmvae.optimization import freeze_unreached, unwrap
-from mmvae.options import mapping
+from mmvae.options import mapping, suited_label
 from mmvae.pictures import table
 
 
@@ -89,7 +89,7 @@ class ClassifierRun(RunArguments):
         super().__post_init__()
         if self.head_only and (self.joint or not self.vae):
             raise ValueError(f"head_only: received True with joint={self.joint}, vae={self.vae}, expected a trained VAE, and not jointly")
-        self.label = self.label or ("shape" if self.dataset.split(":")[0] == "sprites" else None)
+        self.label = suited_label(self.label, self.dataset)
 
 
 def build(args: ClassifierRun, made: ClassifierArguments, data: Any, classes: tuple[str, ...]) -> tuple[LatentClassifier, Any, list]:

@@ -23,7 +23,7 @@ from mmvae.data.partly_labelled import LabelArguments, partly_labelled
 from mmvae.evaluation import binarization
 from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
 from mmvae.modalities import read_columns
-from mmvae.options import mapping
+from mmvae.options import mapping, suited_label
 from mmvae.pictures import grid, table
 from mmvae.processing import decode_text
 
@@ -76,8 +76,7 @@ def main() -> None:
     options = {"max_length": args.max_length, "truncate": args.truncate}
     (column,) = read_columns(below, processor, data["train"], made.modality, **options)
     columns = dict.fromkeys(data, column)
-    classes = made.label_column or ("shape" if args.dataset.split(":")[0] == "sprites" else None)
-    made.label_column = find_column(data["train"], "label", classes)
+    made.label_column = find_column(data["train"], "label", suited_label(made.label_column, args.dataset))
     if isinstance(column, ImageColumn):
         columns["train"] = replace(column, augmentation=Augmentation(**made.augmentation))
 

@@ -317,6 +317,7 @@ def test_workers_end_with_a_main_process_that_is_killed(tmp_path, monkeypatch):
     os.kill(main, signal.SIGKILL)
     os.waitpid(main, 0)
     worker.wait(timeout=20)
+    assert not worker.is_running()
 
 
 def test_another_choice_of_rows_has_another_fingerprint_though_no_picture_is_read(tmp_path):

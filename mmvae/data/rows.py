@@ -295,9 +295,8 @@ class Rows:
             if dense is None:
                 ragged += prepared
             else:
-                dense.numpy()[start : start + len(prepared)] = column.pack(
-                    prepared
-                ).numpy()  # torch's threads would wait busily beside workers
+                # by numpy: torch's threads would wait busily beside workers
+                dense.numpy()[start : start + len(prepared)] = column.pack(prepared).numpy()
         return column.pack(ragged) if dense is None else dense
 
     def _num_too_long(self, column: Column) -> int:

@@ -124,9 +124,8 @@ class ImageVAEForSemanticSegmentation(HeadedVAE):
         alpha = self.config.classifier_alpha if alpha is None else alpha
         sampled = self.training if sample_posterior is None else sample_posterior
         vae, inputs = self.image_vae, {"pixel_values": pixel_values}
-        with outputs_of(
-            [vae.decoder.norm]
-        ) as drawn:  # of finding the pose, if there is one, then of the decoding, then of a Vamp prior's pseudo-inputs
+        # drawn: of finding the pose, if there is one, then of the decoding, then of a Vamp prior's pseudo-inputs
+        with outputs_of([vae.decoder.norm]) as drawn:
             out = vae.bound(inputs, beta, num_samples, objective, noise_key, sampled, output_hidden_states)
         logits = self._placed(self.mask_head(F.silu(drawn[0 if vae.pose is None else 1][: len(pixel_values)])), out.latents)
         given = {name: value for name, value in out.items() if name in SegmenterOutput.__annotations__ and "loss" not in name}
