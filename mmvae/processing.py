@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
@@ -125,12 +126,12 @@ class _Pixels:
             image = np.moveaxis(image, 0, -1) if ChannelDimension(input_data_format) is ChannelDimension.FIRST else image
         pixels = to_pixels(open_image(image, max_pixels=sys.maxsize), num_channels, tuple(background))
         if not do_resize or size is None or not (size.height and size.width):
-            return pixels
+            return torch.from_numpy(np.array(pixels))
         if resize_mode not in RESIZES:
             raise ValueError(f"resize_mode: got {resize_mode!r}, expected one of {', '.join(RESIZES)}")
         if resample not in (None, PILImageResampling.BILINEAR, InterpolationMode.BILINEAR):
             raise ValueError(f"resample: got {resample!r}, expected bilinear, which the models are trained with")
-        return resize(pixels, (size.height, size.width), resize_mode, tuple(background))
+        return torch.from_numpy(np.array(resize(pixels, (size.height, size.width), resize_mode, tuple(background))))
 
     def post_process_semantic_segmentation(self, outputs: Any, target_sizes: Any = None) -> list[Tensor]:
         """Masks (H, W) int64 of a model's logits, at the pictures' own sizes: see ``mmvae.data.masks.at_sizes``."""

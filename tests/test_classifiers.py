@@ -31,7 +31,7 @@ def test_a_classifier_of_pictures_learns_and_is_measured_on_rows_that_it_did_not
 def test_what_is_soft_and_faint_is_told_too():
     column, sharp = ImageColumn("image", 8, 1), digits(40)
     model = picture_classifier(digits(400), column, "label", num_epochs=15)
-    pixels = torch.stack([torch.from_numpy(column.prepare([image])[0]) for image in sharp["image"]])
+    pixels = torch.stack([column.pack(column.prepare([image]))[0] for image in sharp["image"]])
     soft = 0.6 * gaussian_blur(pixels.float() / 255, [5, 5], [1.0, 1.0])
     assert (model.classify(soft) == torch.tensor(sharp["label"])).all()
 

@@ -30,7 +30,7 @@ def tokenizer(words="a b c d e"):
 
 def pixels(value, channels=3, **options):
     column = ImageColumn("image", (2, 3), channels, **{"background": GREEN, "formats": ("JPEG", "PNG", "WEBP", "TIFF"), **options})
-    return torch.from_numpy(column.prepare([value])[0])
+    return column.pack(column.prepare([value]))[0]
 
 
 def encoded(image, format="PNG", **options):

@@ -125,7 +125,7 @@ def test_backends_agree_on_a_real_resize():
 def test_pixels_are_those_of_training(backend, shape, mode, num_channels, tmp_path):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 4), dtype=np.uint8))
     column = ImageColumn("image", (32, 28), num_channels, background=(0, 102, 255), resize=mode)
-    trained = torch.from_numpy(column.prepare([picture])[0]) / 255
+    trained = column.pack(column.prepare([picture]))[0] / 255
     options = {"num_channels": num_channels, "background": (0, 102, 255), "resize_mode": mode}
     backend(size={"height": 32, "width": 28}, **options).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["resize_mode"] == mode

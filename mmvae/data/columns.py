@@ -151,9 +151,9 @@ class ImageColumn(Column):
 
     def prepare(self, values: Sequence[Any]) -> list[np.ndarray]:
         """(C,H,W) uint8 for each picture."""
-        return [self._pixels(value).numpy() for value in values]
+        return [self._pixels(value) for value in values]
 
-    def _pixels(self, value: Any) -> Tensor:
+    def _pixels(self, value: Any) -> np.ndarray:
         pixels = to_pixels(open_image(value, self.formats, self.max_pixels), self.num_channels, self.background)
         return resize(pixels, self.image_size, self.resize, self.background)
 

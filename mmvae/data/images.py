@@ -125,7 +125,7 @@ def _eight_bits(array: np.ndarray) -> np.ndarray:
     return np.rint(array / (257 if top == 65535 else 1)).astype(np.uint8)
 
 
-def to_pixels(image: Image.Image, num_channels: int, background: tuple[int, int, int]) -> Tensor:
+def to_pixels(image: Image.Image, num_channels: int, background: tuple[int, int, int]) -> np.ndarray:
     """Defined pixels of a Pillow image of any mode (the table at the head of this file).
 
     Arguments:
@@ -134,7 +134,7 @@ def to_pixels(image: Image.Image, num_channels: int, background: tuple[int, int,
         background: red, green and blue in 0...255 that transparent pictures are laid on.
 
     Returns:
-        (C,H,W) uint8.
+        (C,H,W) uint8, not to be written into.
 
     Raises:
         ValueError: values outside what the mode allows.
@@ -149,10 +149,10 @@ def to_pixels(image: Image.Image, num_channels: int, background: tuple[int, int,
         image = image.convert("RGB")
     if image.mode != MODES[num_channels]:
         image = image.convert(MODES[num_channels])
-    return torch.from_numpy(np.array(image).reshape(image.height, image.width, num_channels).transpose(2, 0, 1))
+    return np.asarray(image).reshape(image.height, image.width, num_channels).transpose(2, 0, 1)
 
 
-def resize(pixels: Tensor, size: tuple[int, int], mode: str, background: tuple[int, int, int]) -> Tensor:
+def resize(pixels: np.ndarray, size: tuple[int, int], mode: str, background: tuple[int, int, int]) -> np.ndarray:
     """Bring a picture to one size, bilinear with anti-aliasing.
 
     Arguments:
@@ -178,14 +178,14 @@ def resize(pixels: Tensor, size: tuple[int, int], mode: str, background: tuple[i
     if mode != "stretch":
         scale = (max if mode == "crop" else min)(size[0] / height, size[1] / width)
         fit = [max(round(height * scale), 1), max(round(width * scale), 1)]
-    pixels = tv.resize(pixels, fit, interpolation=InterpolationMode.BILINEAR, antialias=True)
+    resized = tv.resize(torch.from_numpy(np.array(pixels)), fit, interpolation=InterpolationMode.BILINEAR, antialias=True)
     if mode == "crop":
-        return tv.center_crop(pixels, list(size))
+        resized = tv.center_crop(resized, list(size))
     if mode == "pad":
         top, left = (size[0] - fit[0]) // 2, (size[1] - fit[1]) // 2
         padding = [left, top, size[1] - fit[1] - left, size[0] - fit[0] - top]
-        return tv.pad(pixels, padding, fill=_fill(pixels.shape[0], background))
-    return pixels
+        resized = tv.pad(resized, padding, fill=_fill(len(pixels), background))
+    return resized.numpy()
 
 
 def _fill(num_channels: int, background: tuple[int, int, int]) -> list[int]:

@@ -82,7 +82,7 @@ def _prepare(start: int) -> np.ndarray | None:
 
 def in_chunks(
     dataset: Any, column: Column, has: Tensor, num_workers: int, careful: Callable[..., list[np.ndarray]]
-) -> Iterator[tuple[int, list[np.ndarray]]]:
+) -> Iterator[tuple[int, Sequence[np.ndarray]]]:
     """The arrays of a column of a map-style data set, all rows in their order.
 
     Arguments:
@@ -108,6 +108,6 @@ def in_chunks(
     workers = ProcessPoolExecutor(min(num_workers, len(starts)), initializer=chunks.work)
     try:
         for start, prepared in zip(starts, workers.map(_prepare, starts), strict=True):
-            yield start, here(start) if prepared is None else list(prepared)
+            yield start, here(start) if prepared is None else prepared
     finally:
         workers.shutdown(cancel_futures=True)

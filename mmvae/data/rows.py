@@ -288,22 +288,18 @@ class Rows:
         return memory
 
     def _prepare_column(self, column: Column) -> Tensor | Ragged:
-        total = len(self._present)
-        dense = None if column.shape is None else torch.empty((total, *column.shape), dtype=column.dtype)
-        ragged: list[np.ndarray] = []
+        if column.shape is None:
+            return column.pack([one for _, prepared in self._prepared(column) for one in prepared])
+        dense = torch.empty((len(self._present), *column.shape), dtype=column.dtype)
         for start, prepared in self._prepared(column):
-            if dense is None:
-                ragged += prepared
-            else:
-                # by numpy: torch's threads would wait busily beside workers
-                dense.numpy()[start : start + len(prepared)] = column.pack(prepared).numpy()
-        return column.pack(ragged) if dense is None else dense
+            dense.numpy()[start : start + len(prepared)] = prepared  # by numpy: torch's threads would wait busily beside workers
+        return dense
 
     def _num_too_long(self, column: Column) -> int:
         dataset = self._dataset.select_columns([column.name])
         return sum(column.num_too_long(dataset[start : start + CHUNK][column.name]) for start in range(0, len(dataset), CHUNK))
 
-    def _prepared(self, column: Column) -> Iterator[tuple[int, list[np.ndarray]]]:
+    def _prepared(self, column: Column) -> Iterator[tuple[int, Sequence[np.ndarray]]]:
         """A column's arrays in chunks of rows, each with the number of its first row."""
         return in_chunks(self._dataset, column, self._has(column, self._present), self.num_workers, self._prepare)
 
