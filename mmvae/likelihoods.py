@@ -18,6 +18,7 @@ Shapes: a decoder gives ``(*, n C, H, W)`` with ``n`` parameters per value; the 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -123,8 +124,8 @@ class Scale(nn.Module):
     Arguments:
         mode: "fixed"; "learned" by gradient (as ten times a parameter, so that Adam at 1e-3 does not lag); or "optimal", the running
             average of the closed-form optimum of each training batch, :math:`\sigma^2 = \overline{(x - \mu)^2}` or
-            :math:`b = \overline{|x - \mu|}`. A batch updates it when it is scored in training mode with gradients enabled;
-            evaluation leaves it alone, so that the density is normalised.
+            :math:`b = \overline{|x - \mu|}`, each picture with the weight that the objective gives to its score. The backward pass of a
+            loss moves it, so that a batch is scored by those before it; evaluation leaves it alone.
         scale: its first value, in units of the pixel range.
         power: 2 for gaussian, 1 for laplace.
         momentum: of the running average.
@@ -150,10 +151,18 @@ class Scale(nn.Module):
             nn.init.constant_(self.moment, self.first**self.power)
 
     @torch.no_grad()
-    def observe(self, deviation: Tensor) -> None:
-        """Move the running optimum towards a batch's. ``deviation``: x - mean, any shape."""
-        moment = at_least_float32(deviation).abs().pow(self.power).mean()
-        self.moment.lerp_(moment.to(self.moment.dtype), 1 - self.momentum)
+    def observe(self, moments: Tensor, gradient: Tensor) -> None:
+        """Move the running optimum towards a batch's.
+
+        Arguments:
+            moments: (*) mean of each picture's deviations to the ``power``.
+            gradient: (*) of what is minimised, with respect to each picture's log-probability: what that picture weighs. Where all are 0
+                nothing moves.
+        """
+        weights = gradient.abs().to(moments.dtype)
+        total = weights.sum()
+        optimum = torch.where(total > 0, (weights * moments).sum() / total, self.moment)
+        self.moment.lerp_(optimum.to(self.moment.dtype), 1 - self.momentum)
 
     def forward(self, like: Tensor) -> Tensor:
         """The scale, (), on the device of ``like``."""
@@ -165,16 +174,18 @@ class Scale(nn.Module):
 
 
 class _Observed(Independent):
-    """A location-scale likelihood that shows its deviations to the running optimum before it scores them."""
+    """A location-scale likelihood whose scores show the running optimum, on the way back, how far they were off and what they weigh."""
 
-    def __init__(self, family: Callable[[Tensor, Tensor], Distribution], loc: Tensor, scale: Scale):
-        self._family, self._loc, self._scale = family, at_least_float32(loc), scale
-        super().__init__(family(self._loc, scale(loc)).base_dist, 3, validate_args=False)
+    def __init__(self, p: Independent, scale: Scale):
+        super().__init__(p.base_dist, 3, validate_args=False)
+        self._scale = scale
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if torch.is_grad_enabled():  # scoring alone, as log_marginal does, is not training
-            self._scale.observe(value - self._loc)
-        return self._family(self._loc, self._scale(self._loc)).log_prob(value)
+        score = super().log_prob(value)
+        if score.requires_grad:
+            deviation = (at_least_float32(value) - self.mean).detach().abs()
+            score.register_hook(partial(self._scale.observe, deviation.pow(self._scale.power).flatten(-3).mean(-1)))
+        return score
 
 
 @dataclass(frozen=True)
@@ -196,8 +207,6 @@ class Likelihood(nn.Module):
         ValueError: for a name or mode that does not exist.
     """
 
-    running_scale = True  # may move in training: see `mmvae.nn.running_statistics`
-
     def __init__(self, name: str, scale_mode: str = "learned", scale: float = 0.1):
         super().__init__()
         if name not in LIKELIHOODS:
@@ -213,7 +222,7 @@ class Likelihood(nn.Module):
         if self.scale is None:
             return self.family.function(*output.chunk(self.parameters_per_value, dim=-3))
         if self.scale.mode == "optimal" and self.training:
-            return _Observed(self.family.function, output, self.scale)
+            return _Observed(self.family.function(output, self.scale(output)), self.scale)
         return self.family.function(output, self.scale(output))
 
 

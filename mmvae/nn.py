@@ -128,9 +128,8 @@ def receptive_radius(num_levels: int, num_blocks: int) -> int:
 
 @contextmanager
 def running_statistics(module: nn.Module) -> Iterator[None]:
-    """Within it, batch normalisation and running scales anywhere in a module stay as they are, and are used as in evaluation."""
-    running = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) or hasattr(part, "running_scale")]
-    running = [part for part in running if part.training]
+    """Within it, batch normalisation anywhere in a module stays as it is, and is used as in evaluation."""
+    running = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
     for part in running:
         part.training = False
     try:

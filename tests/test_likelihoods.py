@@ -120,26 +120,41 @@ def test_scores_are_float32_whatever_the_network(name, dtype):
 @pytest.mark.parametrize(("name", "power"), [("gaussian", 2), ("laplace", 1)])
 def test_the_optimal_scale_follows_the_batches_and_stands_still_in_evaluation(name, power):
     likelihood = Likelihood(name, "optimal", 0.5)
-    output, x = torch.zeros(4, 1, 8, 8), torch.rand(4, 1, 8, 8)
+    output, x = torch.zeros(4, 1, 8, 8, requires_grad=True), torch.rand(4, 1, 8, 8)
     before = likelihood.scale.moment.item()
     optimum = x.abs().pow(power).mean().item()
-    p = likelihood(output)
-    assert likelihood.scale.moment.item() == before  # building a distribution observes nothing
-    score = p.log_prob(x)
+    family = {"gaussian": Normal, "laplace": Laplace}[name]
+    score = likelihood(output).log_prob(x)
+    torch.testing.assert_close(score, family(0.0, 0.5).log_prob(x).sum((1, 2, 3)))
+    assert likelihood.scale.moment.item() == before  # scoring observes nothing; its gradient does
+    (-score).mean().backward()
     moved = 0.95 * before + 0.05 * optimum
     assert likelihood.scale.moment.item() == pytest.approx(moved)
-    family = {"gaussian": Normal, "laplace": Laplace}[name](0.0, moved ** (1 / power))
-    torch.testing.assert_close(score, family.log_prob(x).sum((1, 2, 3)))
     likelihood.eval()
-    assert torch.equal(likelihood(output).log_prob(x), score)
+    score = likelihood(output).log_prob(x)
+    score.sum().backward()
+    torch.testing.assert_close(score, family(0.0, moved ** (1 / power)).log_prob(x).sum((1, 2, 3)))
     assert likelihood.scale.moment.item() == pytest.approx(moved)
     likelihood.train()
     for _ in range(400):
-        likelihood(output).log_prob(x)
+        likelihood(output).log_prob(x).sum().backward()
     best = likelihood.eval()(output).log_prob(x).sum()
     for factor in (0.9, 1.1):  # the optimum of the likelihood in closed form
         likelihood.scale.moment.fill_(optimum * factor)
         assert likelihood(output).log_prob(x).sum() < best
+
+
+def test_the_optimal_scale_is_that_of_the_scores_that_count():
+    likelihood = Likelihood("gaussian", "optimal", 0.5)
+    output, x = torch.zeros(2, 3, 1, 8, 8, requires_grad=True), torch.rand(3, 1, 8, 8)
+    weights = torch.tensor([[0.2, 0.0, 1.0], [0.8, 0.0, 0.0]])
+    with torch.no_grad():
+        output[:, 1] = output[1, 2] = 100.0  # what nobody asks for
+    for _ in range(400):
+        (weights * -likelihood(output).log_prob(x)).sum().backward()
+    assert likelihood.scale.moment.item() == pytest.approx(x[[0, 2]].square().mean().item())
+    (0 * likelihood(output).log_prob(x)).sum().backward()
+    assert likelihood.scale.moment.item() == pytest.approx(x[[0, 2]].square().mean().item())
 
 
 def test_scoring_without_gradients_observes_nothing():
@@ -168,7 +183,8 @@ def test_scales_at_the_extremes_stay_finite():
         likelihood = Likelihood(name, "optimal")
         for value in (0.0, 1e4):
             for _ in range(500):
-                log_prob = likelihood(torch.zeros(1, 1, 2, 2)).log_prob(torch.full((1, 1, 2, 2), value))
+                log_prob = likelihood(torch.zeros(1, 1, 2, 2, requires_grad=True)).log_prob(torch.full((1, 1, 2, 2), value))
+                log_prob.sum().backward()
             assert log_prob.isfinite().all()
     learned = Likelihood("gaussian", "learned")
     with torch.no_grad():
