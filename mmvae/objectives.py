@@ -86,6 +86,8 @@ def capacity(terms: Terms, beta: float = 1.0, nats: float = 8.0, strength: float
 
 def _log_w(terms: Terms, beta: float, detach_q: bool, looser: bool) -> Tensor:
     """log w, (S, K, B) nats, times the components' weights unless their mean is taken outside the logarithm."""
+    if looser and terms.components is not None and len(terms.z) > 1:
+        raise ValueError(f"looser: received True with one component drawn for each of {len(terms.z)} samples, expected all (draw: 'all')")
     value = terms.likelihood() + beta * terms.log_ratio(detach_q)
     return value if looser else value + terms.weights()
 
@@ -102,10 +104,13 @@ def iwae(terms: Terms, beta: float = 1.0, looser: bool = False) -> Tensor:
         terms: see :class:`Terms`.
         beta: weight of the divergence.
         looser: take the mean over components outside the logarithm, :math:`\sum_k \pi_k \log \tfrac1S \sum_s w(z_{sk})`: a lower bound
-            in which no component can leave its rows to another (Shi et al. 2019).
+            in which no component can leave its rows to another (Shi et al. 2019). Several samples then want all components.
 
     Returns:
         (B,).
+
+    Raises:
+        ValueError: when ``looser``, for several samples that each drew a component.
     """
     log_w = _log_w(terms, beta, False, looser)
     bound = log_w.logsumexp(0 if looser else (0, 1)) - math.log(len(log_w))

@@ -230,6 +230,15 @@ def test_a_mixture_of_equal_components_is_one_component():
     torch.testing.assert_close(*bounds)
 
 
+@pytest.mark.parametrize("objective", [iwae, dreg])
+def test_looser_takes_all_components_where_there_are_several_samples(objective):
+    t = terms(components=1)
+    drawn = replace(t, components=t.q.mixture.components, log_weights=torch.zeros(1, t.z.shape[2], dtype=t.z.dtype))
+    with pytest.raises(ValueError, match="looser: received True with one component drawn for each of"):
+        objective(drawn, looser=True)
+    objective(drawn)
+
+
 def test_scales_weigh_the_likelihoods():
     t = terms(components=2)
     weighed = replace(t, log_px={"a": 2.5 * t.log_px["a"], "b": t.log_px["b"]})

@@ -252,6 +252,10 @@ class MMVAEConfig(VAEConfig):
             if size != expected:
                 what = f"MMVAEConfig.modalities[{name!r}].source_size: received {size}"
                 raise ValueError(f"{what}, expected {expected}, the size of the states of its source {source!r}")
+        for option in ("sources", "modality_dropout") if self.objective in ("mvae", "mmvm") else ():
+            if any(getattr(self, option).values()):
+                expected = f"expected none with objective {self.objective!r}, which scores what its encoders see alone"
+                raise ValueError(f"MMVAEConfig.{option}: received {getattr(self, option)!r}, {expected}")
         inferring = self.aggregate(training=False)
         bind("MMVAEConfig.inference_aggregation", inferring.func, inferring.keywords, ("experts", "visible", "prior"))
         for option, most in (("likelihood_weights", 1e30), ("modality_dropout", 1)):
