@@ -14,13 +14,14 @@ from torch import Tensor
 
 from mmvae.distributions import DiagNormal
 from mmvae.metrics import active_units, bits_per_dim, mutual_information, perplexity, psnr, ssim
+from mmvae.models.configuration import VAEConfig, input_name
 from mmvae.models.image_vae import BINARIZATIONS
 from mmvae.models.unimodal import VAEModel
 from mmvae.noise import fold, keyed_normal, keyed_uniform
 from mmvae.optimization import unwrap
 from mmvae.training import evaluate
 
-_ELBO, _MARGINAL, _PIXELS, _INFORMATION = 0x656C626F, 0x6D617267, 0x70697865, 0x696E666F  # keep the noise of each apart
+_ELBO, _MARGINAL, _PIXELS, _INFORMATION, _LABELS = 0x656C626F, 0x6D617267, 0x70697865, 0x696E666F, 0x6C616265  # noise of each apart
 _MOST_MOMENTS = 1 << 26  # numbers kept for active units and mutual information, on each rank
 _MOST_PAIRED = 10_000  # rows, chosen by key, of which every pair is compared for the mutual information
 
@@ -45,6 +46,29 @@ def binarization(mode: str) -> Transform | None:
         return {**batch, "pixel_values": (pixels > level).float()}
 
     return transform
+
+
+def refuse_grey(config: VAEConfig, loaders: Mapping[str, Any]) -> None:
+    """A Bernoulli gives probabilities to pixels of 0 and 1 only: what it gives to grey ones is no likelihood.
+
+    Arguments:
+        config: of a VAE of pictures, or of one that has such children.
+        loaders: by split; of each the first batch is looked at.
+
+    Raises:
+        ValueError: for grey pixels that nothing makes 0 or 1, naming the modality and the split.
+    """
+    for name, child in getattr(config, "modalities", {"": config}).items():
+        if getattr(child, "likelihood", None) != "bernoulli" or child.binarize != "none":
+            continue
+        for split, loader in loaders.items():
+            pixels = next(loader.batches(0))[input_name(name, "pixel_values")]
+            grey = pixels[(pixels != 0) & (pixels != 255)]
+            if len(grey):
+                raise ValueError(
+                    f"{input_name(name, 'binarize')}: received 'none' with likelihood 'bernoulli' and a pixel of {grey[0].item()} in split "
+                    f"{split!r}, expected 0 and 255 only: choose binarize 'dynamic' or 'threshold', or another likelihood"
+                )
 
 
 def model_inputs(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -195,11 +219,13 @@ def evaluate_vae(
     return figures
 
 
-def predict(accelerator: Accelerator, model: torch.nn.Module, loader: Any) -> tuple[Tensor, Tensor]:
+def predict(
+    accelerator: Accelerator, model: torch.nn.Module, loader: Any, *, seed: int = 0, transform: Transform | None = None
+) -> tuple[Tensor, Tensor]:
     """What a classifier tells of every row, in evaluation mode.
 
     Arguments:
-        accelerator, model, loader: as for :func:`evaluate_elbo`; the model is one of :mod:`mmvae.models.heads`.
+        accelerator, model, loader, seed, transform: as for :func:`evaluate_elbo`; the model is one of :mod:`mmvae.models.heads`.
 
     Returns:
         Logits (N, C) float32 and labels (N,) int64 of the rows of all ranks in their order, in the host's memory.
@@ -207,7 +233,7 @@ def predict(accelerator: Accelerator, model: torch.nn.Module, loader: Any) -> tu
     parts: list[tuple[Tensor, ...]] = []
 
     def measure(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = model_inputs(model, batch)
+        inputs = model_inputs(model, transform(batch, fold(seed, _LABELS, batch["row"])) if transform else batch)
         labels = inputs.pop("labels")
         parts.append((torch.where(batch["row_weight"] > 0, batch["row"], -1), labels, model(**inputs).logits.float()))
         return {}

@@ -147,7 +147,7 @@ def main() -> None:
     seen: dict[str, Tensor] = {}
 
     def measure(accelerator: Accelerator, model: Any, loader: Any, *, seed: int, **_: Any) -> dict[str, float]:
-        seen["logits"], seen["labels"] = predict(accelerator, model, loader)
+        seen["logits"], seen["labels"] = predict(accelerator, model, loader, seed=seed, transform=binarize)
         elbo = evaluate_elbo(accelerator, unwrap(model).base_model, loader, seed=seed, transform=binarize) if args.joint else {}
         return classification(seen["logits"], seen["labels"]) | elbo
 

@@ -137,9 +137,9 @@ def network(
     torch.manual_seed(seed)
     model = plain(kind)(config) if method == "plain" else kind.from_pretrained(folder, config=config, dtype="float32")
     place, options = Path(args.output_dir) / "runs" / f"{method}_{count}_{seed}", {"seed": seed}
+    binarize = binarization(getattr(config, "binarize", "none")) if joint else None
     if joint:
         rows = PartlyLabelled(data.train, changed(column, args), data.told, per_class=count or None, seed=seed, name=data.name)
-        binarize = binarization(getattr(config, "binarize", "none"))
         result = train_once(accelerator, args, model, rows, place, transform=binarize, **options)
     else:
         rows = data.rows(select(data.train, data.shown(count, seed)), changed(column, args))
@@ -148,7 +148,7 @@ def network(
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     def tell() -> tuple[Tensor, Tensor]:
-        logits, labels = predict(accelerator, model, loader)
+        logits, labels = predict(accelerator, model, loader, transform=binarize)
         return logits.argmax(1), labels
 
     return measured(tell) | {"seconds": result.seconds, "parameters": parameters}

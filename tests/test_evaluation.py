@@ -11,6 +11,7 @@ from mmvae import (
     MMVAE,
     ImageVAE,
     ImageVAEConfig,
+    ImageVAEForImageClassification,
     MMVAEConfig,
     TextVAE,
     TextVAEConfig,
@@ -18,8 +19,8 @@ from mmvae import (
     TopicVAEConfig,
     TopicVAEVectorizer,
 )  # fmt: skip
-from mmvae.data import ImageColumn, Loader, Rows, TextColumn, WordCountColumn, as_modalities
-from mmvae.evaluation import binarization, evaluate_elbo, evaluate_vae, model_inputs
+from mmvae.data import ImageColumn, LabelColumn, Loader, Rows, TextColumn, WordCountColumn, as_modalities
+from mmvae.evaluation import binarization, evaluate_elbo, evaluate_vae, model_inputs, predict
 from mmvae.noise import fold
 from mmvae.processing import train_tokenizer
 
@@ -166,6 +167,18 @@ def test_binarization_is_keyed_and_has_the_pixels_as_its_mean():
     assert not drawn[..., 0, 0].any() and drawn[..., -1, -1].all()  # black stays black, white stays white
     part = binarization("dynamic")({"pixel_values": grey[:3].float() / 255}, keys[[5, 0, 9]])["pixel_values"]
     assert torch.equal(part, drawn[[5, 0, 9]])
+
+
+def test_a_classifier_is_asked_about_what_it_was_trained_on():
+    config = ImageVAEConfig(image_size=16, num_channels=1, hidden_channels=[4], latent_dim=2, num_labels=2, likelihood="bernoulli")
+    torch.manual_seed(0)
+    model, threshold = ImageVAEForImageClassification(config).eval(), binarization("threshold")
+    data = Dataset.from_dict({"image": [x.tolist() for x in torch.randint(256, (5, 16, 16), dtype=torch.uint8)], "label": [0, 1, 1, 0, 1]})
+    loader = Loader(Rows(data, [ImageColumn("image", 16, 1), LabelColumn("label", ["a", "b"])]), 8, shuffle=False)
+    logits, labels = predict(Accelerator(cpu=True), model, loader, transform=threshold)
+    pixels = threshold(next(loader.batches(0)), torch.zeros(5, dtype=torch.int64))["pixel_values"]
+    torch.testing.assert_close(logits, model(pixel_values=pixels).logits.detach())
+    assert not torch.equal(logits, predict(Accelerator(cpu=True), model, loader)[0]) and labels.tolist() == [0, 1, 1, 0, 1]
 
 
 def test_threshold_none_and_unknown():
