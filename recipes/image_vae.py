@@ -9,7 +9,6 @@
 Start the same command again after a stop and it goes on where it was. Results so far: see the configs.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from mmvae import ImageVAE, ImageVAEConfig
 from mmvae.data import Augmentation, ImageColumn, Loader, find_column, splits
 from mmvae.data.partly_labelled import LabelArguments, partly_labelled
 from mmvae.density_fitting import unfitted
-from mmvae.evaluation import binarization
+from mmvae.evaluation import binarization, refuse_grey
 from mmvae.experiment import RunArguments, finish, image_processor, make_loaders, parse, start, train
 from mmvae.options import mapping, suited_pose
 from mmvae.pictures import grid, reconstructions, traversals
@@ -91,24 +90,6 @@ def walks(model: ImageVAE, start: Tensor, units: int = 8, steps: int = 9, **cond
     return model.render(z, **condition).unflatten(0, (-1, steps)), [f"z{unit}" for unit in chosen.tolist()]
 
 
-def refuse_grey(likelihood: str, binarize: str, loaders: Mapping[str, Loader]) -> None:
-    """A Bernoulli gives probabilities to pixels of 0 and 1 only: what it gives to grey ones is no likelihood.
-
-    Raises:
-        ValueError: for grey pixels in a first batch, naming the split.
-    """
-    if likelihood != "bernoulli" or binarize != "none":
-        return
-    for split, loader in loaders.items():
-        pixels = next(loader.batches(0))["pixel_values"]
-        grey = pixels[(pixels != 0) & (pixels != 255)]
-        if len(grey):
-            raise ValueError(
-                f"binarize: received 'none' with likelihood 'bernoulli' and a pixel of {grey[0].item()} in split {split!r}, expected 0 and "
-                "255 only: choose --binarize dynamic or threshold, or another likelihood"
-            )
-
-
 def main() -> None:
     """Load, train, evaluate, write the model folder."""
     args, image = parse(ImageRun, ImageArguments)
@@ -122,11 +103,11 @@ def main() -> None:
     columns = {split: replace(column, augmentation=augmentation) if split == "train" else column for split in data}
     rows, classes = partly_labelled(data, columns, image, seed=args.seed, **args.rows)
     loaders = make_loaders(accelerator, args, rows)
-    refuse_grey(image.likelihood, image.binarize, loaders)
 
     options = {key: value for key, value in vars(image).items() if key not in (*AUGMENTATION, *DATA)} | classes
     torch.manual_seed(args.seed)
     model = ImageVAE(ImageVAEConfig(**options)).to(memory_format=torch.channels_last)
+    refuse_grey(model.config, loaders)
     unfitted(model, image.densities)  # refuses what cannot be, before any work
     transform = binarization(image.binarize)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from mmvae import MMVAE, MMVAEProcessor
 from mmvae.data import Augmentation, Column, Loader, Rows, splits
 from mmvae.density_fitting import unfitted
+from mmvae.evaluation import refuse_grey
 from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
 from mmvae.modalities import KINDS, joined, new_modalities
 from mmvae.options import by_name, mapping, parse_modalities, suited_pose
@@ -133,6 +134,7 @@ def main() -> None:
     hidden = {"drop": joint.drop_modality, "drop_seed": args.seed, "complete": joint.complete_only}
     rows["train"] = Rows(data["train"], changed, **args.rows, **hidden)
     loaders = make_loaders(accelerator, args, rows)
+    refuse_grey(model.config, loaders)
 
     def readable(name: str, made: Tensor) -> Tensor | list[str]:
         part, kind = processor.parts[name], joint.kinds[name][0]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmvae import ImageVAEConfig, ImageVAEForSemanticSegmentation
 from mmvae.data import Augmentation, ImageColumn, Loader, MaskColumn, Rows, find_column, on_random_colours, splits
-from mmvae.evaluation import Transform, evaluate_vae, model_inputs
+from mmvae.evaluation import Transform, evaluate_vae, model_inputs, refuse_grey
 from mmvae.experiment import RunArguments, finish, image_processor, make_loaders, parse, start, train
 from mmvae.metrics import overlaps
 from mmvae.models.segmentation import UNLABELLED
@@ -96,6 +96,8 @@ def build(args: SegmentationRun, masks: SegmentationArguments) -> ImageVAEForSem
         fields = masks.architecture | {"pose": suited_pose(masks.architecture.get("pose", "none"), args.dataset)}
         model = ImageVAEForSemanticSegmentation(ImageVAEConfig(**fields, **labels))
     model.config.classifier_alpha = args.alpha if args.joint else None
+    if model.config.binarize != "none":
+        raise ValueError(f"binarize: received {model.config.binarize!r}, expected 'none': masks are drawn of the pixels as they are")
     if masks.mask_column == "alpha" and model.config.num_channels != 3:
         raise ValueError(f"num_channels: received {model.config.num_channels} with --mask_column alpha, expected 3, which then stay")
     return model.freeze(args.head_only).to(memory_format=torch.channels_last)
@@ -134,6 +136,7 @@ def main() -> None:
     moved = [replace(each, augmentation=move) for each in columns]
     rows = {split: Rows(part, moved if split == "train" else columns, **args.rows) for split, part in data.items()}
     loaders, transform = make_loaders(accelerator, args, rows), on_random_colours if alpha else None
+    refuse_grey(model.config, loaders)
 
     def draw(model: ImageVAEForSemanticSegmentation, figures: Path) -> Mapping[str, str]:
         batch = next(Loader(rows["test" if "test" in rows else "validation"], 24, seed=args.seed).batches(0))

@@ -14,11 +14,13 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from recipe_runs import IMAGE, IMAGE_ALL, TEXT, TEXT_ALL, end, pictures, recipe, run, sentences
+from recipe_runs import IMAGE, IMAGE_ALL, TEXT, TEXT_ALL, end, pictures, run, sentences
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 import mmvae
+from mmvae import ImageVAEConfig, MMVAEConfig
+from mmvae.evaluation import refuse_grey
 from mmvae.processing import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -222,7 +224,11 @@ def test_trackers_get_figures_pictures_and_sentences(finished):
         ("image_vae", ["--horizontal_flip", "2"], "horizontal_flip is a probability"),
         ("text_vae", ["--max_length", "4"], r"row \d+, field 'text': got \d+ tokens, expected at most 4"),
         ("image_vae", ["--streaming"], "max_steps: received None with streaming, expected a number"),
-        ("image_vae", ["--likelihood", "bernoulli"], "binarize: received 'none' with likelihood 'bernoulli' and a pixel of .*--binarize"),
+        (
+            "image_vae",
+            ["--likelihood", "bernoulli"],
+            "binarize: received 'none' with likelihood 'bernoulli' and a pixel of .*choose binarize",
+        ),
         ("text_vae", ["--compile"], "compile: received True, expected False: a GRU"),
         ("text_vae", ["--prior", "vamp", "--objective_options", '{"free_bits": 1}'], "with prior 'vamp', expected free_bits_per 'row' or"),
     ],
@@ -241,14 +247,20 @@ def test_one_option_may_change_and_the_others_stay_as_they_are(data, tmp_path, o
 
 
 def test_a_bernoulli_takes_pixels_of_0_and_255(data):
-    refuse = recipe("image_vae").refuse_grey
-    white = [{"pixel_values": torch.tensor([[0, 255]], dtype=torch.uint8)}]
-    grey = [{"pixel_values": torch.tensor([[0, 254]], dtype=torch.uint8)}]
-    loaders = {split: SimpleNamespace(batches=lambda epoch, rows=rows: iter(rows)) for split, rows in (("train", white), ("test", grey))}
-    refuse("bernoulli", "none", {"train": loaders["train"]})
-    refuse("bernoulli", "dynamic", loaders), refuse("continuous_bernoulli", "none", loaders)
-    with pytest.raises(ValueError, match="a pixel of 254 in split 'test'"):
-        refuse("bernoulli", "none", loaders)
+    white, grey = (torch.tensor([[0, pixel]], dtype=torch.uint8) for pixel in (255, 254))
+    batches = {"train": {"pixel_values": white, "image_pixel_values": white}, "test": {"pixel_values": grey, "image_pixel_values": grey}}
+    loaders = {split: SimpleNamespace(batches=lambda epoch, batch=batch: iter([batch])) for split, batch in batches.items()}
+
+    def refuse(loaders, **options):
+        config = ImageVAEConfig(**options)
+        refuse_grey(config, loaders), refuse_grey(MMVAEConfig(modalities={"image": config}), loaders)
+
+    refuse({"train": loaders["train"]}, likelihood="bernoulli")
+    refuse(loaders, likelihood="bernoulli", binarize="dynamic"), refuse(loaders, likelihood="continuous_bernoulli")
+    with pytest.raises(ValueError, match="binarize: received 'none' .* a pixel of 254 in split 'test'"):
+        refuse(loaders, likelihood="bernoulli")
+    with pytest.raises(ValueError, match="image_binarize: received 'none' .* a pixel of 254 in split 'test'"):
+        refuse_grey(MMVAEConfig(modalities={"image": ImageVAEConfig(likelihood="bernoulli")}), loaders)
 
 
 def test_a_missing_split_lists_the_splits(finished, data, tmp_path):

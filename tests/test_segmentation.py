@@ -266,6 +266,7 @@ def test_as_many_classes_as_the_head_has(masked, jointly, tmp_path):
         (["--mask_column", "shade"], "no column 'shade'"),
         (["--architecture", '{"image_size": 32}'], "row 0, field 'image': got 64 x 64 pixels .*expected 32 x 32"),
         (["--mask_column", "alpha", "--architecture", '{"num_channels": 1}'], "num_channels: received 1 with --mask_column alpha"),
+        (["--architecture", '{"likelihood": "bernoulli", "binarize": "dynamic"}'], "binarize: received 'dynamic', expected 'none'"),
         (["--monitor", "kl_nats"], "monitor: received 'kl_nats', expected one of cross_entropy_nats, last"),
     ],
 )
