@@ -7,7 +7,7 @@
 The options' defaults suit the built-in sprites: one object that is turned and shifted on a plain background. Its place is a part of the
 shared latent, since captions may tell it, its angle is the picture's own; of other pictures "pose": "auto" is none. With --sources a text
 that is made of another one is written by attention to that one's states, as a translation or a summary is. Start the same command again
-after a stop and it goes on where it was. Results: see README.md.
+after a stop and it goes on where it was. Results: see RESULTS.md.
 """
 
 import json

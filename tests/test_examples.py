@@ -1,13 +1,15 @@
 """The examples run, and do what they print."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModel
 
-from mmvae import MMVAE
+from mmvae import MMVAE, ImageVAE, ImageVAEConfig, ImageVAEImageProcessor
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -58,3 +60,25 @@ def test_cross_modal_trains_saves_loads_and_draws(tmp_path, capsys):
     assert module.main(str(tmp_path / "run"), 0, str(tmp_path / "again")) == (true, made)
     assert (tmp_path / "again" / "cross_modal.png").is_file()
     assert "a picture of" in capsys.readouterr().out
+
+
+def test_what_readme_says_runs(tmp_path, monkeypatch):
+    """Every block of Python in its order, with the training of the first cut short; but not what pushes to the Hub."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("outputs/pictures", "my-image-vae"):
+        ImageVAE(ImageVAEConfig(hidden_channels=[4], latent_dim=3)).save_pretrained(folder)
+        ImageVAEImageProcessor().save_pretrained(folder)
+    names = {
+        "picture": Image.new("RGB", (80, 60), "red"),
+        "texts": 6 * ["sour red apples fall", "soft green pears grow", "sweet blue plums rest"],
+    }
+    names["picture"].save("cat.png")
+    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    for block in blocks:
+        if "num_channels=1" in block:
+            names |= {"pixels": torch.randint(2, (3, 1, 28, 28)).float(), "labels": torch.tensor([3, -100, 7])}
+        if "ForImageClassification" in block:
+            names |= {"pixels": torch.rand(2, 3, 64, 64), "labels": torch.tensor([0, 1])}
+        if "push(" not in block:
+            exec(block.replace("range(700)", "range(1)").replace("min_df=5, max_df=0.5", "min_df=2"), names)  # noqa: S102
+    assert len(blocks) > 6 and len(names["model"].config.id2label) == 2
