@@ -53,15 +53,25 @@ def test_every_phase_of_a_method_takes_a_step(name):
             assert not values["skipped"]
 
 
+def ptb_phases(steps: int, *more: str):
+    """The phases of a run of Penn Treebank by several files."""
+    configs = [f"--config={FOLDER.parent / name}" for name in ("text_vae_ptb.yaml", *more)]
+    args, _ = parse(recipe("text_vae").TextRun, recipe("text_vae").TextArguments, argv=configs)
+    told = args.in_steps(steps)
+    return build_phases(vars(told), told.phases)
+
+
 def test_the_informative_run_on_ptb_has_its_three_phases():
-    configs = [str(FOLDER.parent / name) for name in ("text_vae_ptb.yaml", "text_vae_ptb_informative.yaml")]
-    module = recipe("text_vae")
-    args, _ = parse(module.TextRun, module.TextArguments, argv=["--config", configs[0], "--config", configs[1]])
-    told = args.in_steps(23_670)
-    phases = build_phases(vars(told), told.phases)
+    phases = ptb_phases(23_670, "text_vae_ptb_informative.yaml")
     assert [phase.start for phase in phases] == [0, 4024, 8521]  # the run was changed at 8,403, before the third
     assert [phase.objective.keywords["free_bits"] for phase in phases] == [0.2, 6.5, {"unit": 0.1, "row": 6.5}]
     assert [phase.beta(phase.start + 3000) for phase in phases] == [1, 1, 1] and phases[0].beta(1006) == 0.5
+
+
+def test_the_tight_run_on_ptb_goes_on_from_the_informative_one():
+    phases = ptb_phases(28_930, "text_vae_ptb_informative.yaml", "text_vae_ptb_tight.yaml")
+    assert [phase.start for phase in phases] == [0, 4024, 8521, 23_670]
+    assert phases[0].beta(1006) == 0.5 and phases[3].objective.keywords["free_bits"] == {"unit": 0.03, "row": 4.0}
 
 
 def test_the_better_bound_on_ptb_goes_on_from_the_first_run(tmp_path, capsys):
