@@ -141,6 +141,14 @@ def test_resize_modes():
     assert transparent[3, 0, 0] == 0 and transparent[3, 1, 0] == 255
 
 
+@pytest.mark.parametrize("mode", ["crop", "stretch"])
+def test_a_picture_that_grows_beyond_memory_is_refused_before_it_is_resized(mode):
+    thread = np.zeros((1_000_000, 1), np.uint8)
+    with pytest.raises(ValueError, match=r"^got 1000000 x 1 pixels \(height x width\), .* 64 x 64, expected at most 32000000$"):
+        ImageColumn("image", 64, 1, resize=mode).prepare([thread])
+    assert ImageColumn("image", 64, 1, resize="pad").prepare([thread])[0].shape == (1, 64, 64)
+
+
 @pytest.mark.parametrize(
     "argument",
     [{"image_size": 0}, {"num_channels": 2}, {"background": 256}, {"background": (1, 2)}, {"resize": "zoom"}],

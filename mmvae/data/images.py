@@ -37,6 +37,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 RESIZES = ("crop", "pad", "stretch", "refuse")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _EXIF_ORIENTATION = 0x0112
+_MOST_RESIZED = 32_000_000
 
 
 def open_image(value: Any, formats: Sequence[str] = ("JPEG", "PNG", "WEBP"), max_pixels: int = 16_000_000) -> Image.Image:
@@ -167,7 +168,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int], mode: str, background: tup
         (C, *size) uint8.
 
     Raises:
-        ValueError: another size with "refuse".
+        ValueError: another size with "refuse", or a picture so long and thin that more than 32 million pixels come between.
     """
     height, width = pixels.shape[-2:]
     if (height, width) == size:
@@ -178,6 +179,9 @@ def resize(pixels: np.ndarray, size: tuple[int, int], mode: str, background: tup
     if mode != "stretch":
         scale = (max if mode == "crop" else min)(size[0] / height, size[1] / width)
         fit = [max(round(height * scale), 1), max(round(width * scale), 1)]
+    if (between := max(height, fit[0]) * fit[1]) > _MOST_RESIZED:  # the width is resized first
+        got = f"got {height} x {width} pixels (height x width), of which {mode!r} makes {between} on the way to {size[0]} x {size[1]}"
+        raise ValueError(f"{got}, expected at most {_MOST_RESIZED}")
     resized = tv.resize(torch.from_numpy(np.array(pixels)), fit, interpolation=InterpolationMode.BILINEAR, antialias=True)
     if mode == "crop":
         resized = tv.center_crop(resized, list(size))
