@@ -11,6 +11,7 @@ What each mode of a file becomes (``C`` = 1, 3 or 4 channels asked for; ``bg`` =
 | ``LA PA RGBA``, any mode with a ``tRNS``  | C = 4: RGBA as it is; else :math:`\alpha\,x + (1-\alpha)\,bg`             |
 | ``CMYK YCbCr LAB HSV``                    | RGB by Pillow's conversion                                                |
 | ``I;16``, ``I``, uint16 arrays            | 16 bits scaled, round(x / 257); outside 0...65535 is refused              |
+| other arrays of whole numbers             | as they are; outside 0...255 is refused                                   |
 | ``F``, float arrays                       | round(255 x) for x in [0, 1]; NaN, infinities and other values are refused |
 | EXIF orientation 1-8                      | turned upright first                                                      |
 | animated                                  | the first frame                                                           |
@@ -45,8 +46,8 @@ def open_image(value: Any, formats: Sequence[str] = ("JPEG", "PNG", "WEBP"), max
 
     Arguments:
         value: a Pillow image, encoded bytes, ``{"bytes": ..., "path": ...}`` as `datasets` stores it, or an array or
-            tensor of shape (H,W), (H,W,C) or (C,H,W) with uint8, bool, uint16 or float (in [0, 1]) values. Three axes
-            are read as (H,W,C) where the last one can be channels.
+            tensor of shape (H,W), (H,W,C) or (C,H,W) with whole numbers in 0...255, bool, uint16 or float (in [0, 1]) values. Three
+            axes are read as (H,W,C) where the last one can be channels.
         formats: the encodings that may be decoded; everything else is refused before its decoder runs.
         max_pixels: the largest width x height that is decoded (a small file can hold a gigantic picture).
 
@@ -108,8 +109,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(_eight_bits(array)))
 
 
-def _eight_bits(array: np.ndarray) -> np.ndarray:
-    """uint8 pixels of an array in any of the number formats that pictures come in."""
+def _eight_bits(array: np.ndarray, sixteen: bool = False) -> np.ndarray:
+    """uint8 pixels of an array in any of the number formats that pictures come in; ``sixteen``: also signed ones reach 65535."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
@@ -119,8 +120,8 @@ def _eight_bits(array: np.ndarray) -> np.ndarray:
             raise ValueError(f"got float pixels from {array.min(initial=0)} to {array.max(initial=0)}, expected finite values in [0, 1]")
         return np.rint(array.astype(np.float64) * 255).astype(np.uint8)
     if array.dtype.kind not in "iu":
-        raise ValueError(f"got pixels of type {array.dtype}, expected uint8, bool, uint16 or float")
-    top = 65535 if array.dtype.itemsize == 2 or array.dtype == np.int32 else 255  # python lists of 8-bit pixels arrive as int64
+        raise ValueError(f"got pixels of type {array.dtype}, expected whole numbers, bool or float")
+    top = 65535 if sixteen or (array.dtype.kind == "u" and array.dtype.itemsize == 2) else 255
     if array.min(initial=0) < 0 or array.max(initial=0) > top:
         raise ValueError(f"got integer pixels from {array.min(initial=0)} to {array.max(initial=0)}, expected 0 to {top}")
     return np.rint(array / (257 if top == 65535 else 1)).astype(np.uint8)
@@ -141,7 +142,7 @@ def to_pixels(image: Image.Image, num_channels: int, background: tuple[int, int,
         ValueError: values outside what the mode allows.
     """
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
+        image = Image.fromarray(_eight_bits(np.asarray(image), sixteen=True))
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
         if num_channels != 4:
