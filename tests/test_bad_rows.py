@@ -177,6 +177,21 @@ def test_a_stream_with_too_many_bad_rows_stops():
             list(Loader(rows, 2).batches(0))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_picture_that_is_lost_after_it_was_looked_at_is_no_black_one(tmp_path, streaming):
+    paths = [tmp_path / f"{row}.png" for row in range(3)]
+    for row, path in enumerate(paths):
+        path.write_bytes(picture(row))
+    data = datasets.Dataset.from_dict({"image": [str(path) for path in paths]}, datasets.Features({"image": datasets.Image()}))
+    data = data.to_iterable_dataset() if streaming else data
+    rows = Rows(data, ImageColumn("image", 4, 1), name="mine", memory_limit=0, on_bad_row="skip")
+    numbers, read, _ = zip(*rows.stream(), strict=True) if streaming else (range(3), None, None)
+    values = {"image": [row["image"] for row in read]} if streaming else None
+    paths[1].unlink()
+    with pytest.raises(BadRow, match=r"^mine: row 1( of the stream)?, field 'image': got .*1\.png that cannot be decoded"):
+        rows.batch(torch.tensor(numbers), torch.arange(3), values)
+
+
 def test_labels_of_bad_rows_are_none_where_these_are_skipped():
     data, labels = datasets.Dataset.from_dict({"label": ["a", None, "c", "b"]}), LabelColumn("label", ("a", "b"))
     assert read_labels(data, labels, on_bad_row="skip").tolist() == [0, -100, -100, 1]

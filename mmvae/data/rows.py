@@ -46,7 +46,8 @@ class Rows:
         drop: how often a modality is hidden on purpose, by name; see `mmvae.data.missing.hide`.
         drop_seed: decides in which rows.
         on_bad_row: what is done with a row that cannot be used: "error"; "skip_empty", which leaves out rows that have no modality at all;
-            or "skip", which leaves out every bad one and decodes all pictures once beforehand, of a stream in every epoch, to find them.
+            or "skip", which leaves out every bad one and decodes all pictures once beforehand, of a stream in every epoch, to find them:
+            one that is lost after that is an error.
         complete: keep only rows that have every modality, after hiding; the others are not counted as skipped.
         most_bad: share of bad rows beyond which a stream stops; looked at every 1,000 rows and at its end.
         num_workers: processes that decode pictures: here, once, those that fit in memory, and others for the batches of a `Loader`.
@@ -141,16 +142,16 @@ class Rows:
             return found, torch.ones(len(rows), dtype=torch.bool)
         keep = found.any(1)
         for row in rows[~keep].tolist():
-            self._refuse(row, f": got no modality, expected one of {', '.join(self._modality_columns())}", "skip_empty")
+            self._refuse(row, f": got no modality, expected one of {', '.join(self._modality_columns())}", ("skip", "skip_empty"))
         present = hide(found, rows, self.modalities, self._drop, self._drop_seed)
         keep = present.all(1) if self._complete else keep
         return present & keep.unsqueeze(1), keep  # what is not kept is not decoded either
 
-    def _refuse(self, row: int, why: str, spared_by: str, cause: Exception | None = None) -> None:
+    def _refuse(self, row: int, why: str, spared_by: Sequence[str], cause: Exception | None = None) -> None:
         """Tell what is wrong with a row, or, where that leaves rows out, remember it."""
         told = f"{place(self._dataset, self.name, row)}{why}"
-        if self.on_bad_row not in ("skip", spared_by):
-            raise BadRow(f"{told} (or set on_bad_row={spared_by!r})" if spared_by == "skip_empty" else told) from cause
+        if self.on_bad_row not in spared_by:
+            raise BadRow(f"{told} (or set on_bad_row='skip_empty')" if "skip_empty" in spared_by else told) from cause
         self.bad.setdefault(row, told)
 
     def _tell_skipped(self, rows: int | None) -> None:
@@ -188,7 +189,8 @@ class Rows:
             packed = self._memory[number][rows] if number in self._memory else None
             if packed is None:
                 cut = getattr(column, "num_truncated", 0)
-                packed = column.pack(self._prepare(column, values[column.name], rows, self._has(column, present)))
+                here = self._has(column, present)
+                packed = column.pack(self._prepare(column, values[column.name], rows, here, spared_by=()))  # it was good beforehand
                 self._tell_cut(number, cut, len(rows))
             for key, tensor in column.collate(packed, keys).items():
                 name = input_name(column.prefix, key)
@@ -229,7 +231,9 @@ class Rows:
         found = [[value is not None for value in values[name]] for name in self._modality_columns()]
         return torch.tensor(found, dtype=torch.bool).reshape(-1, size).T
 
-    def _prepare(self, column: Column, values: Sequence[Any], rows: Tensor, here: Tensor) -> list[np.ndarray]:
+    def _prepare(
+        self, column: Column, values: Sequence[Any], rows: Tensor, here: Tensor, spared_by: Sequence[str] = ("skip",)
+    ) -> list[np.ndarray]:
         """A column's arrays of some rows, fillers where it is absent."""
         cut = getattr(column, "num_truncated", 0)
         try:
@@ -238,17 +242,17 @@ class Rows:
             if cut != getattr(column, "num_truncated", 0):
                 column.num_truncated = cut
             had = [(row, value) for row, value, there in zip(rows.tolist(), values, here.tolist(), strict=True) if there]
-            prepared = {row: one for row, value in had if (one := self._prepare_one(column, value, row)) is not None}
+            prepared = {row: one for row, value in had if (one := self._prepare_one(column, value, row, spared_by)) is not None}
             if len(prepared) == len(had):
                 raise
         return [prepared[row] if row in prepared else column.filler() for row in rows.tolist()]
 
-    def _prepare_one(self, column: Column, value: Any, row: int) -> np.ndarray | None:
+    def _prepare_one(self, column: Column, value: Any, row: int, spared_by: Sequence[str]) -> np.ndarray | None:
         try:
             return column.prepare([value])[0]
         except ValueError as error:
             shown = f" in {value[:60]!r}" if isinstance(value, str) else ""
-            self._refuse(row, f", field {column.name!r}: {error}{shown}", "skip", error)
+            self._refuse(row, f", field {column.name!r}: {error}{shown}", spared_by, error)
         return None
 
     def _tell_cut(self, number: int, before: int, rows: int) -> None:
