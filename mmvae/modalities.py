@@ -17,6 +17,7 @@ from mmvae.models.image_vae import ImageVAEConfig
 from mmvae.models.text_vae import TextVAEConfig
 from mmvae.models.topic_vae import TopicVAEConfig
 from mmvae.options import by_name, parse_modalities
+from mmvae.processing import RESERVED_WORDS
 from mmvae.vectorizer import TopicVAEVectorizer
 
 KINDS: dict[str, type[VAEConfig]] = {"image": ImageVAEConfig, "text": TextVAEConfig, "topic": TopicVAEConfig}
@@ -58,7 +59,8 @@ def new_modality(
         config = ImageVAEConfig(**options)
         pixels = ImageColumn(column, config.height_width, config.num_channels)
         return NewModality(config, image_processor(pixels), pixels)
-    texts = texts_of(data, column, name, missing=True, on_bad_row=on_bad_row)
+    reserved = RESERVED_WORDS if kind == "text" else ()
+    texts = texts_of(data, column, name, missing=True, on_bad_row=on_bad_row, reserved=reserved)
     if kind == "topic":
         vectorizer = TopicVAEVectorizer.fit(texts, stop_words="english", max_features=text["vocab_size"])
         config = TopicVAEConfig(**{**options, "vocabulary": vectorizer.vocabulary})

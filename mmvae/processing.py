@@ -25,6 +25,7 @@ from transformers.processing_utils import ImagesKwargs
 from mmvae.folder import naming
 
 __all__ = [
+    "RESERVED_WORDS",
     "SPECIAL_TOKENS",
     "ImageVAEImageProcessor",
     "ImageVAEImageProcessorKwargs",
@@ -37,6 +38,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+RESERVED_WORDS = tuple(token for name, token in SPECIAL_TOKENS.items() if name != "unk_token")
 
 
 class ImageVAEImageProcessorKwargs(ImagesKwargs, total=False):
@@ -186,15 +188,11 @@ class ImageVAEImageProcessorPil(_Pixels, PilBackend):
 
 def _refuse_reserved(texts: Iterable[str]) -> Iterator[str]:
     """The texts, checked: strings without the words that mark the ends of a sentence."""
-    reserved = [token for name, token in SPECIAL_TOKENS.items() if name != "unk_token"]
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts[{i}]: got {type(text).__name__}, expected str")
-        for token in reserved:
-            if token in text:
-                raise ValueError(
-                    f"texts[{i}]: contains the reserved word {token!r}; only {SPECIAL_TOKENS['unk_token']!r} may stand in a text"
-                )
+        if found := [word for word in RESERVED_WORDS if word in text]:
+            raise ValueError(f"texts[{i}]: got text with the reserved word {found[0]!r}, expected text without it")
         yield text
 
 

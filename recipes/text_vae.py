@@ -21,7 +21,7 @@ from mmvae.density_fitting import unfitted
 from mmvae.experiment import RunArguments, finish, make_loaders, make_tokenizer, parse, start, train
 from mmvae.options import mapping
 from mmvae.pictures import table
-from mmvae.processing import decode_text
+from mmvae.processing import RESERVED_WORDS, decode_text
 
 DATA = ("text_column", "tokenizer", "densities", *(option.name for option in fields(LabelArguments)))
 
@@ -78,7 +78,7 @@ def main() -> None:
     accelerator = start(args)
     data = splits(args.dataset, streaming=args.streaming, on_bad_row=args.on_bad_row)
     column = find_column(data["train"], "text", text.text_column)
-    texts = texts_of(data["train"], column, args.dataset, on_bad_row=args.on_bad_row)
+    texts = texts_of(data["train"], column, args.dataset, on_bad_row=args.on_bad_row, reserved=RESERVED_WORDS)
     tokenizer, ids = make_tokenizer(text.tokenizer, texts, text.vocab_size)
     columns = TextColumn(column, tokenizer, args.max_length, args.truncate)
     rows, classes = partly_labelled(data, dict.fromkeys(data, columns), text, seed=args.seed, **args.rows)

@@ -16,7 +16,9 @@ from test_columns import tokenizer
 
 from mmvae.data import BadRow, ImageColumn, LabelColumn, Loader, Rows, TextColumn, load_rows, read_labels, shown_labels, texts_of
 from mmvae.data.partly_labelled import PartlyLabelled
+from mmvae.data.selection import select
 from mmvae.experiment import make_loaders
+from mmvae.modalities import new_modality
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +61,8 @@ def test_a_broken_line_is_named_by_its_true_number(tmp_path, line):
         ('{"text": 5}', "field 'text': got number, expected str as in line 1"),
         ('{"text": "\\ud800"}', "column 11: got a lone surrogate"),
         ('{"text": null}', "got NoneType"),
-        ('{"text": "w1 <eos>"}', "BOS or EOS"),
+        ('{"text": "w1 <eos>"}', "BOS, EOS or PAD"),
+        ('{"text": "w1 <pad>"}', "BOS, EOS or PAD"),
     ],
 )
 def test_lines_of_every_kind_are_left_out(tmp_path, caplog, line, told):
@@ -70,6 +73,16 @@ def test_lines_of_every_kind_are_left_out(tmp_path, caplog, line, told):
     assert rows.numbers.tolist() == [0, 2] and list(rows.bad) == [1] and rows.lengths.tolist() == [3, 4]
     assert told in caplog.text or told in rows.bad[1]
     assert len(list(texts_of(data, "text", on_bad_row="skip"))) == 3 - ("BOS" not in told)
+
+
+def test_reserved_words_are_told_by_row_before_there_is_a_tokenizer_and_are_left_out():
+    data = select(datasets.Dataset.from_dict({"text": ["w1", None, "w2 w3", "w1 <pad>w2"]}), [1, 2, 3])
+    options = {"options": {}, "reading": {}, "text": {"kind": "whitespace", "vocab_size": 9}, "name": "mine"}
+    with pytest.raises(BadRow, match=r"^mine: row 3, field 'text': got text with the reserved word '<pad>', expected text without it$"):
+        new_modality("text", data, "text", **options)
+    made = new_modality("text", data, "text", **options, on_bad_row="skip")
+    assert {*made.processor.get_vocab()} == {"<pad>", "<bos>", "<eos>", "<unk>", "w2", "w3"}
+    assert Rows(data, made.column, on_bad_row="skip").numbers.tolist() == [1]
 
 
 def test_too_many_bad_rows_stop_a_run_and_are_listed(tmp_path):

@@ -220,7 +220,7 @@ def test_long_text_is_an_error_unless_truncation_is_asked_for():
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(None, "NoneType"), (3, "int"), ("a \ud800", "surrogate at character 2"), ("a <eos> b", "BOS or EOS")],
+    [(None, "NoneType"), (3, "int"), ("a \ud800", "surrogate at character 2"), ("a <eos> b", "BOS, EOS"), ("a <pad> b", "or PAD")],
 )
 def test_bad_text_is_refused(value, message):
     with pytest.raises(ValueError, match=f"got .*{message}.*expected"):
@@ -241,7 +241,7 @@ def test_text_of_every_kind_has_tokens_or_is_refused_by_name(kind):
         text = "".join(drawn)
         wrong = any(0xD800 <= ord(character) < 0xE000 for character in text) or "<eos>" in text
         if wrong:
-            with pytest.raises(ValueError, match="surrogate at character|BOS or EOS"):
+            with pytest.raises(ValueError, match="surrogate at character|BOS, EOS or PAD"):
                 column.prepare([text])
         else:
             (ids,) = column.prepare([text])

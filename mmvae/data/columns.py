@@ -231,8 +231,9 @@ class TextColumn(Column):
                 raise TooLong(f"got {len(ids) + 2} tokens, expected at most {self.max_length} (max_length; or set truncate)")
             ids = ids[: self.max_length - 2]
             self.num_truncated += 1
-        if self._eos in ids or self._bos in ids:
-            raise ValueError("got text that spells the tokenizer's BOS or EOS token, expected text without it")
+        padding = {self._pad} - {getattr(self.tokenizer, "unk_token_id", None)}  # where they are one, it is any unknown word
+        if not padding.union((self._bos, self._eos)).isdisjoint(ids):
+            raise ValueError("got text that spells the tokenizer's BOS, EOS or PAD token, expected text without it")
         return np.array([self._bos, *ids, self._eos], np.int32)
 
     def pack(self, prepared: Sequence[np.ndarray]) -> Ragged:

@@ -1,6 +1,6 @@
 """The texts of a data set, for what comes before there are `Rows`: training a tokenizer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmvae.data.columns import check_text
@@ -8,7 +8,9 @@ from mmvae.data.lines import BadRow
 from mmvae.data.selection import place
 
 
-def texts_of(rows: Any, column: str, name: str = "data", *, missing: bool = False, on_bad_row: str = "error") -> Iterator[str]:
+def texts_of(
+    rows: Any, column: str, name: str = "data", *, missing: bool = False, on_bad_row: str = "error", reserved: Sequence[str] = ()
+) -> Iterator[str]:
     """The texts of a column, one by one.
 
     Arguments:
@@ -16,13 +18,14 @@ def texts_of(rows: Any, column: str, name: str = "data", *, missing: bool = Fals
         column: the data set's column.
         name: what the data set is called in errors.
         missing: whether rows may lack the text; they are passed over.
-        on_bad_row: "skip" passes over every row that holds no text.
+        on_bad_row: "skip" passes over every bad row.
+        reserved: words that no text may hold, those of the tokenizer that the texts are to train.
 
     Returns:
         The texts in the order of the rows.
 
     Raises:
-        BadRow: a row that holds no text.
+        BadRow: a row that holds no text, or a reserved word.
     """
     rows = rows.select_columns([column])
     for number, row in enumerate(rows):
@@ -30,6 +33,8 @@ def texts_of(rows: Any, column: str, name: str = "data", *, missing: bool = Fals
             continue
         try:
             check_text(row[column])
+            if found := [word for word in reserved if word in row[column]]:
+                raise ValueError(f"got text with the reserved word {found[0]!r}, expected text without it")
         except ValueError as error:
             if on_bad_row == "skip":
                 continue
