@@ -14,7 +14,19 @@ from bad_rows import make, picture, read
 from picture_mutations import run
 from test_columns import tokenizer
 
-from mmvae.data import BadRow, ImageColumn, LabelColumn, Loader, Rows, TextColumn, load_rows, read_labels, shown_labels, texts_of
+from mmvae.data import (
+    BadRow,
+    ImageColumn,
+    LabelColumn,
+    Loader,
+    Rows,
+    TextColumn,
+    find_column,
+    load_rows,
+    read_labels,
+    shown_labels,
+    texts_of,
+)
 from mmvae.data.partly_labelled import PartlyLabelled
 from mmvae.data.selection import select
 from mmvae.experiment import make_loaders
@@ -162,6 +174,26 @@ def test_lines_are_skipped_beside_files_that_are_no_data(tmp_path):
         (tmp_path / name).write_text("Do as you like.")
     (tmp_path / "train.jsonl").write_text('{"text": "w1"}\n{"text" oh\n')
     assert load_rows(str(tmp_path), on_bad_row="skip")["text"][:] == ["w1", None]
+
+
+MIXED = {
+    "values": [{"id": 1}, {"id": "x"}],
+    "keys": [{"id": 1}, {"name": "x"}],
+    "lists": [[1, "x"], [2]],
+    "large": [1, 2**64],
+    "exact": [1.5, 2**53 + 1],
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_lines_of_mixed_values_are_the_same_where_bad_rows_are_skipped(tmp_path, capsys, monkeypatch, kind):
+    lines = [json.dumps({"meta": value, "text": "w1"}) for value in MIXED[kind]]
+    whole = load_rows(str(broken(tmp_path, lines)))
+    skipped = load_rows(str(broken(tmp_path, lines)), on_bad_row="skip")
+    assert skipped.features == whole.features and skipped[:] == whole[:]
+    stream = load_rows(str(broken(tmp_path, lines)), on_bad_row="skip", streaming=True)
+    assert find_column(stream, "text") == "text" and [row["text"] for row in stream] == ["w1", "w1"]
+    assert "nothing is wrong" in checked(tmp_path / "train.jsonl", capsys, monkeypatch)
 
 
 def test_the_built_in_data_is_checked(capsys, monkeypatch):

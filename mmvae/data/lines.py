@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Every line of a file with its number from 1: the object that it holds, or what is wrong with it.
 
     A column has the kind of value that it has where it first is one; whole numbers and others are one kind, null is of every kind. Empty
-    lines at the end are none.
+    lines at the end are none. Whole numbers that int64 cannot hold are float, as `datasets` reads them.
     """
     kinds: dict[str, tuple[str, int]] = {}
     empty = 0
@@ -41,7 +42,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def _parsed(line: bytes, number: int, kinds: dict[str, tuple[str, int]]) -> dict[str, Any] | str:
     try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_int=_whole)
     except UnicodeDecodeError as error:
         return f"column {error.start + 1}: got bytes that are not UTF-8"
     except json.JSONDecodeError as error:
@@ -59,6 +60,11 @@ def _parsed(line: bytes, number: int, kinds: dict[str, tuple[str, int]]) -> dict
             return f"field {name!r}: got {kind}, expected {expected} as in line {since}"
     kinds |= {name: (_kind(value), number) for name, value in row.items() if value is not None and name not in kinds}
     return row
+
+
+def _whole(digits: str) -> int | float:
+    number = int(digits)
+    return number if -(2**63) <= number < 2**63 else float(digits)
 
 
 def _kind(value: Any) -> str:
@@ -83,9 +89,18 @@ def rows_of_lines(files: Mapping[str, Iterable[str | Path]], streaming: bool) ->
             continue
         rows = list(_rows(paths))
         columns = dict.fromkeys(itertools.chain.from_iterable(rows))
-        values = {column: [row.get(column) for row in rows] for column in columns}
-        loaded[split] = datasets.Dataset.from_dict(values, split=datasets.NamedSplit(str(split)))
+        values = {column: _alike([row.get(column) for row in rows]) for column in columns}
+        try:
+            loaded[split] = datasets.Dataset.from_dict(values, split=datasets.NamedSplit(str(split)), on_mixed_types="use_json")
+        except (pyarrow.ArrowException, OverflowError) as error:
+            raise BadRow(f"{', '.join(paths)}: {error}") from error
     return loaded
+
+
+def _alike(values: list[Any]) -> list[Any]:
+    """A column's values, whole numbers as floats where others are: pyarrow would refuse those beyond 2^53."""
+    mixed = any(isinstance(value, float) for value in values)
+    return [float(value) if mixed and type(value) is int else value for value in values]
 
 
 def _rows(paths: list[str]) -> Iterator[dict[str, Any]]:

@@ -227,7 +227,7 @@ def features_of(rows: Any) -> dict[str, Any]:
     first = next(iter(rows), None)
     if first is None:
         raise ValueError("the stream has no rows, expected at least 1")
-    return dict(datasets.Dataset.from_list([first]).features)
+    return dict(datasets.Dataset.from_list([first], on_mixed_types="use_json").features)
 
 
 def find_column(rows: Any, kind: str, name: str | None = None) -> str:
