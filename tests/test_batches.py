@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from test_columns import tokenizer
 
+from mmvae import TopicVAEVectorizer
 from mmvae.data import (
     Augmentation,
     BadRow,
@@ -22,6 +23,7 @@ from mmvae.data import (
     Loader,
     Rows,
     TextColumn,
+    WordCountColumn,
     load_rows,
     splits,
     sprites,
@@ -238,6 +240,13 @@ def test_bad_rows_are_named(tmp_path):
         list(Loader(Rows(data.to_iterable_dataset(), column), 2).batches(0))
     with pytest.raises(BadRow, match="row 3, field 'text'"):
         Rows(datasets.Dataset.from_dict({"text": ["w1", "w2", "w1", None]}).select([0, 1, 3]), column)
+
+
+def test_a_stream_is_bucketed_by_the_columns_that_an_indexed_set_is():
+    data = datasets.Dataset.from_dict({"text": ["w1 w2", "w3"], "document": ["w1", "w1 w2 w3 w4"]})
+    columns = [TextColumn("text", tokenizer("w1 w2 w3")), WordCountColumn("document", TopicVAEVectorizer(["w1", "w2"]))]
+    assert Rows(data, columns).lengths.tolist() == [4, 3]
+    assert [characters for *_, characters in Rows(data.to_iterable_dataset(), columns).stream()] == [5, 2]
 
 
 def test_texts_before_there_is_a_tokenizer():

@@ -203,8 +203,8 @@ class Rows:
         """The rows of a stream that are kept, in the order of the files.
 
         Returns:
-            The row's number; its values, raw and undecoded; the characters of the text that is present, which stand in for
-            tokens where rows are bucketed undecoded.
+            The row's number; its values, raw and undecoded; the characters of the text that is present and bucketed, which stand in
+            for tokens where rows are bucketed undecoded.
         """
         self.bad, number = {}, -1
         for number, row in enumerate(self._dataset):
@@ -215,7 +215,8 @@ class Rows:
                     self._prepare(column, [row[column.name]], rows, self._has(column, present))
             self._tell_skipped(None)
             if keep and number not in self.bad:
-                texts = (row[column.name] for column in self.columns if column.shape is None and self._has(column, present))
+                bucketed = [column for column in self.columns if column.shape is None and column.bucketed]
+                texts = (row[column.name] for column in bucketed if self._has(column, present))
                 yield number, row, sum(len(text) for text in texts if isinstance(text, str))
             if number % 1000 == 999:
                 self._check_share(number + 1)
