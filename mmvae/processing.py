@@ -81,7 +81,7 @@ class _Pixels:
         from mmvae.data.images import open_image
 
         if isinstance(image_url_or_urls, str):
-            return open_image({"bytes": None, "path": image_url_or_urls})
+            return open_image({"bytes": None, "path": image_url_or_urls}, paths=True)
         return super().fetch_images(image_url_or_urls)
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:

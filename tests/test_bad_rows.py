@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from mmvae.data import (
     ImageColumn,
     LabelColumn,
     Loader,
+    MaskColumn,
     Rows,
     TextColumn,
     find_column,
@@ -29,6 +31,7 @@ from mmvae.data import (
 )
 from mmvae.data.partly_labelled import PartlyLabelled
 from mmvae.data.selection import select
+from mmvae.data.turned import add_turns
 from mmvae.experiment import make_loaders
 from mmvae.modalities import new_modality
 
@@ -235,6 +238,27 @@ def test_a_picture_that_is_lost_after_it_was_looked_at_is_no_black_one(tmp_path,
     paths[1].unlink()
     with pytest.raises(BadRow, match=r"^mine: row 1( of the stream)?, field 'image': got .*1\.png that cannot be decoded"):
         rows.batch(torch.tensor(numbers), torch.arange(3), values)
+
+
+def test_paths_are_opened_only_where_the_data_set_declares_pictures(tmp_path):
+    path, column = tmp_path / "0.png", ImageColumn("image", 4, 1)
+    path.write_bytes(picture(0))
+    table = {"image": [{"bytes": None, "path": str(path)}]}
+    plain, declared = (datasets.Dataset.from_dict(table, features) for features in (None, datasets.Features({"image": datasets.Image()})))
+    for data in (plain, plain.to_iterable_dataset()):
+        with pytest.raises(BadRow, match=r"row 0.*, field 'image': got the path '.*0\.png', expected bytes: .* declares an Image feature$"):
+            list(Loader(Rows(data, column), 1).batches(0))
+    with pytest.raises(BadRow, match="declares an Image feature"):
+        Rows(plain, MaskColumn("image", 4))
+    with pytest.raises(ValueError, match="declares an Image feature"):
+        add_turns(plain, "train")
+    assert Rows(datasets.Dataset.from_dict({"image": [{"bytes": picture(0), "path": "0.png"}]}), column).num_rows == 1
+    for data in (declared, declared.to_iterable_dataset(), add_turns(declared, "train")):
+        assert len(list(Loader(Rows(data, column), 1).batches(0))) == 1
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(BadRow, match=r"0\.png that cannot be decoded \(not a regular file\)"):
+        Rows(declared, column)
 
 
 def test_labels_of_bad_rows_are_none_where_these_are_skipped():

@@ -117,6 +117,7 @@ class ImageColumn(Column):
         max_pixels: the largest width x height that is decoded.
         prefix: put before the names of the inputs: "en" gives ``en_pixel_values``.
         modality: name in a joint model; see `as_modalities`.
+        paths: whether paths without bytes are followed; `Rows` sets it where the data set declares an Image feature.
 
     Raises:
         ValueError: an argument outside its range.
@@ -132,6 +133,7 @@ class ImageColumn(Column):
     max_pixels: int = 16_000_000
     prefix: str = ""
     modality: str = field(default="", repr=False)  # fingerprints are made of the repr; `Rows` adds the modalities
+    paths: bool = field(default=False, repr=False)
     input_names = ("pixel_values",)
 
     def __post_init__(self) -> None:
@@ -154,7 +156,7 @@ class ImageColumn(Column):
         return [self._pixels(value) for value in values]
 
     def _pixels(self, value: Any) -> np.ndarray:
-        pixels = to_pixels(open_image(value, self.formats, self.max_pixels), self.num_channels, self.background)
+        pixels = to_pixels(open_image(value, self.formats, self.max_pixels, self.paths), self.num_channels, self.background)
         return resize(pixels, self.image_size, self.resize, self.background)
 
     def pack(self, prepared: Sequence[np.ndarray]) -> Tensor:

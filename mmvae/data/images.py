@@ -23,6 +23,8 @@ Shapes: ``H,W,C`` in Pillow's and numpy's order, ``(C,H,W)`` in torch's.
 """
 
 import io
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,7 +43,9 @@ _EXIF_ORIENTATION = 0x0112
 _MOST_RESIZED = 32_000_000
 
 
-def open_image(value: Any, formats: Sequence[str] = ("JPEG", "PNG", "WEBP"), max_pixels: int = 16_000_000) -> Image.Image:
+def open_image(
+    value: Any, formats: Sequence[str] = ("JPEG", "PNG", "WEBP"), max_pixels: int = 16_000_000, paths: bool = False
+) -> Image.Image:
     """A decoded Pillow image, upright, from what a data set's image column holds.
 
     Arguments:
@@ -50,6 +54,7 @@ def open_image(value: Any, formats: Sequence[str] = ("JPEG", "PNG", "WEBP"), max
             axes are read as (H,W,C) where the last one can be channels.
         formats: the encodings that may be decoded; everything else is refused before its decoder runs.
         max_pixels: the largest width x height that is decoded (a small file can hold a gigantic picture).
+        paths: whether a path without bytes is followed, to a regular file or an address: it says what this machine opens.
 
     Raises:
         ValueError: the value is not a picture, is damaged, or is larger than ``max_pixels``.
@@ -57,7 +62,7 @@ def open_image(value: Any, formats: Sequence[str] = ("JPEG", "PNG", "WEBP"), max
     if isinstance(value, Image.Image):
         image = value
     elif isinstance(value, Mapping | bytes):
-        return _decode(value, formats, max_pixels)
+        return _decode(value, formats, max_pixels, paths)
     elif isinstance(value, np.ndarray | Tensor | list):
         image = _from_array(np.asarray(value))
     else:
@@ -66,10 +71,12 @@ def open_image(value: Any, formats: Sequence[str] = ("JPEG", "PNG", "WEBP"), max
     return _upright(image)
 
 
-def _decode(value: Mapping[str, Any] | bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
+def _decode(value: Mapping[str, Any] | bytes, formats: Sequence[str], max_pixels: int, paths: bool) -> Image.Image:
     data, path = (value, None) if isinstance(value, bytes) else (value.get("bytes"), value.get("path"))
     if data is None and path is None:
         raise ValueError("got neither bytes nor a path, expected a picture")
+    if data is None and not paths:
+        raise ValueError(f"got the path {path!r}, expected bytes: paths are followed only where the data set declares an Image feature")
     try:
         with io.BytesIO(data) if data is not None else _open(path) as file:
             image = Image.open(file, formats=formats)
@@ -84,7 +91,12 @@ def _decode(value: Mapping[str, Any] | bytes, formats: Sequence[str], max_pixels
 
 
 def _open(path: str) -> Any:
-    return fsspec.open(path, "rb") if "://" in path else open(path, "rb")
+    local = path.removeprefix("file://")
+    if "://" in local:
+        return fsspec.open(path, "rb")
+    if not stat.S_ISREG(os.stat(local).st_mode):
+        raise OSError("not a regular file")
+    return open(local, "rb")
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:

@@ -4,7 +4,7 @@ Shapes: ``B`` rows, ``H, W`` of the picture; masks are uint8, 0 is the backgroun
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class MaskColumn(Column):
         image_size: height and width in pixels, or one number for both.
         values: what stands for each class, in the order of their numbers: (0, 255) for black and white masks.
         augmentation: that of the pictures, so that both are moved alike; what it does to colours is left out.
+        paths: as of `ImageColumn`.
 
     Raises:
         ValueError: an argument outside its range, or an augmentation that mixes pixels.
@@ -44,6 +45,7 @@ class MaskColumn(Column):
     values: tuple[int, ...] = (0, 1)
     augmentation: Augmentation = NO_AUGMENTATION
     prefix: str = ""
+    paths: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
@@ -65,7 +67,7 @@ class MaskColumn(Column):
         return [self._mask(value) for value in values]
 
     def _mask(self, value: Any) -> np.ndarray:
-        mask = numbers_of(value)
+        mask = numbers_of(value, self.paths)
         if mask.shape != self.image_size:
             shown, expected = (" x ".join(map(str, size)) for size in (mask.shape, self.image_size))
             raise ValueError(f"got a mask of {shown} pixels (height x width), expected {expected}, the size of the pictures")
@@ -84,17 +86,18 @@ class MaskColumn(Column):
         return {"labels": self.augmentation(packed.unsqueeze(1), keys).squeeze(1)}
 
 
-def numbers_of(value: Any) -> np.ndarray:
+def numbers_of(value: Any, paths: bool = False) -> np.ndarray:
     """The numbers in a mask as they are stored, (H,W) uint8.
 
     Arguments:
         value: an array or nested lists of whole numbers or bool, a Pillow image, or what `datasets` stores of one.
+        paths: whether a path without bytes is followed.
 
     Raises:
         ValueError: for anything else, more than two axes, or numbers outside 0...255.
     """
     if not isinstance(value, np.ndarray | list | Tensor):
-        image = open_image(value, ("PNG", "WEBP", "BMP", "TIFF"))  # not JPEG, which changes numbers
+        image = open_image(value, ("PNG", "WEBP", "BMP", "TIFF"), paths=paths)  # not JPEG, which changes numbers
         if image.mode not in ("1", "L", "P"):
             raise ValueError(f"got a picture of mode {image.mode}, expected one number per pixel: mode L, P or 1")
         value = np.asarray(image if image.mode != "1" else image.convert("L").point(lambda level: level // 255))

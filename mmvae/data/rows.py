@@ -13,6 +13,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -20,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmvae.data.columns import Column, Ragged, TooLong
+from mmvae.data.columns import Column, ImageColumn, Ragged, TooLong
 from mmvae.data.lines import BadRow
 from mmvae.data.loading import content_fingerprint, features_of
+from mmvae.data.masks import MaskColumn
 from mmvae.data.missing import check_drop, hide
 from mmvae.data.preparation import CHUNK, in_chunks, not_null, prepare_good
 from mmvae.data.selection import called, file_row, place, selected
@@ -81,7 +83,9 @@ class Rows:
         self.num_workers, self._most_bad = num_workers, most_bad
         self._check_options()
         self.streamed = isinstance(dataset, datasets.IterableDataset)
-        self._dataset = _raw(dataset, self.columns, name)
+        self._dataset, pictures = _raw(dataset, self.columns, name)
+        may_open = [isinstance(column, ImageColumn | MaskColumn) and column.name in pictures for column in self.columns]
+        self.columns = [replace(column, paths=True) if may else column for column, may in zip(self.columns, may_open, strict=True)]
         self._told: set[int] = set()
         self.bad: dict[int, str] = {}
         self.num_rows: int | None = None
@@ -328,16 +332,15 @@ class Rows:
         return digest.hexdigest()
 
 
-def _raw(dataset: Any, columns: Sequence[Column], name: str) -> Any:
-    """The columns that are read, with pictures left encoded."""
+def _raw(dataset: Any, columns: Sequence[Column], name: str) -> tuple[Any, list[str]]:
+    """The columns that are read, with pictures left encoded, and which of them the data set declares as pictures."""
     features = features_of(dataset)
     wanted = list(dict.fromkeys(column.name for column in columns))
     for column in wanted:
         if column not in features:
             raise ValueError(f"{name} has no column {column!r}, expected one of {', '.join(features)}")
     declared = dataset.features is not None and not isinstance(dataset, Sprites)  # else pictures come as objects
-    dataset = dataset.select_columns(wanted)
-    for column in wanted:
-        if declared and isinstance(features[column], datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    return dataset
+    dataset, pictures = dataset.select_columns(wanted), [name for name in wanted if declared and isinstance(features[name], datasets.Image)]
+    for column in pictures:
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset, pictures

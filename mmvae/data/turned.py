@@ -43,12 +43,13 @@ def add_turns(rows: Any, split: str, column: str = "image", seed: int = 0) -> da
         )
     if "angle" in rows.column_names:
         raise ValueError(f"columns: got {rows.column_names}, expected no 'angle'")
+    declared = isinstance(rows.features[column], datasets.Image)
     rows = rows.add_column("angle", angles(len(rows), split, seed)).cast_column(column, datasets.Image(decode=False))
     features = datasets.Features(rows.features | {"angle": datasets.Value("float32"), column: datasets.Image()})
-    return rows.map(partial(_turned, column=column), features=features, desc="turning")
+    return rows.map(partial(_turned, column=column, paths=declared), features=features, desc="turning")
 
 
-def _turned(row: dict[str, Any], column: str) -> dict[str, Any]:
-    image = open_image(row[column])
+def _turned(row: dict[str, Any], column: str, paths: bool) -> dict[str, Any]:
+    image = open_image(row[column], paths=paths)
     image = image.convert("RGBA") if image.mode in ("P", "PA", "LA") else image  # numbers of a palette do not mix
     return {column: image.rotate(-math.degrees(row["angle"]), Image.Resampling.BILINEAR)}
