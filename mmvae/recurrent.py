@@ -117,7 +117,8 @@ class GRUEncoder(nn.Module):
         mirror = (lengths.unsqueeze(1) - 1 - position).where(position < lengths.unsqueeze(1), position).unsqueeze(-1)
         last = (lengths - 1).view(-1, 1, 1)
         for i, gru in enumerate(self.forwards):
-            y = gru(self.dropout(x) if i else x)[0]
+            x = self.dropout(x) if i else x
+            y = gru(x)[0]
             ends = [y.gather(1, last.expand(-1, 1, y.shape[-1])).squeeze(1)]
             if self.backwards:
                 back = self.backwards[i](x.gather(1, mirror.expand_as(x)))[0]

@@ -31,6 +31,13 @@ def test_gru_encoder_equals_torch_on_each_row_alone(layers, bidirectional):
             torch.testing.assert_close(encoder(x, lengths)[1][row], pooled)
 
 
+def test_both_directions_read_what_dropout_left_of_the_layer_below():
+    encoder, lengths = GRUEncoder(3, 4, 2, True, dropout=1.0), torch.tensor([2, 6])
+    nothing, something = (encoder(x, lengths)[1] for x in (torch.zeros(2, 6, 3), torch.randn(2, 6, 3)))
+    torch.testing.assert_close(something, nothing)  # as by nn.GRU
+    assert not torch.allclose(encoder.eval()(torch.randn(2, 6, 3), lengths)[1], encoder(torch.zeros(2, 6, 3), lengths)[1])
+
+
 @pytest.mark.parametrize("pooling", ["last", "mean", "max"])
 def test_padding_takes_no_gradient(pooling):
     encoder = GRUEncoder(3, 4, 2, True, pooling=pooling)
