@@ -58,7 +58,8 @@ def elbo(
     Arguments:
         terms: see :class:`Terms`.
         beta: weight of the divergence.
-        free_bits: floor of the divergence in nats, per group; 0 is off. Of several groups: ``{"unit": 0.1, "row": 6.0}``.
+        free_bits: floor of the divergence in nats, per group; 0 is off. Of several groups: ``{"unit": 0.1, "row": 6.0}``. Where the
+            divergence is sampled it is on the estimate, see :func:`mmvae.terms.kl_to_prior`.
         free_bits_per: the group, see :func:`mmvae.terms.free_bits`.
         divergence: "mixture", or "components" for the upper bound :math:`\sum_k \pi_k \mathrm{KL}(q_k \| p)` of MoPoE, which needs no
             samples and has free bits per dimension.
@@ -79,7 +80,8 @@ def capacity(terms: Terms, beta: float = 1.0, nats: float = 8.0, strength: float
         strength: gamma.
 
     Returns:
-        (B,). No bound on log p(x) unless the divergence is at least the capacity.
+        (B,). No bound on log p(x) unless the divergence is at least the capacity. Where the divergence is sampled it is its estimate,
+        the mean over the samples, that is drawn to C: :math:`|X - C|` is in the mean more than :math:`|\mathrm{KL} - C|`.
     """
     return _mean(terms, terms.likelihood()) - strength * (_mean(terms, kl_to_prior(terms)) - beta * nats).abs()
 

@@ -93,6 +93,9 @@ def present(log_weights: Tensor) -> Tensor:
 def free_bits(kl: Tensor, nats: float, per: str = "dimension", here: Tensor | None = None) -> Tensor:
     r"""The KL divergence with a floor below which it takes no gradient, :math:`\sum_g \max(\lambda, \mathrm{KL}_g)`.
 
+    Of an estimate :math:`X` of the divergence the floor is on the estimate, and :math:`\mathbb E \max(\lambda, X)` is above
+    :math:`\max(\lambda, \mathrm{KL})` by as much as X spreads about lambda.
+
     Arguments:
         kl: (*, B, D) nats per dimension for ``per="dimension"`` and ``"unit"``, else (*, B) nats per row.
         nats: the floor lambda of each group.
@@ -118,6 +121,10 @@ def free_bits(kl: Tensor, nats: float, per: str = "dimension", here: Tensor | No
 
 def kl_to_prior(terms: Terms, floor: float | Mapping[str, float] = 0.0, per: str = "dimension", divergence: str = "mixture") -> Tensor:
     """KL(q || p) of every sample and component in nats, in closed form where there is one, with free bits on the share of z.
+
+    Where there is no closed form (a mixture, or a mixture or Vamp prior) it is log q(z) - log p(z), and free bits are on its mean over
+    the samples (of a "mixture" over the components too), the same for all of them: the more samples, the closer that is to a floor
+    on the divergence itself.
 
     Arguments:
         terms: see :class:`Terms`.
@@ -149,6 +156,10 @@ def kl_to_prior(terms: Terms, floor: float | Mapping[str, float] = 0.0, per: str
         )
     else:
         value = q.log_prob(terms.z) - terms.prior.log_prob(terms.z)
+        if floors:  # max(lambda, X) of one sample is in the mean more than that of the mean
+            value = value.mean(0, keepdim=True)
+            if not each:  # which is one divergence, and no component has one of its own
+                value, here = torch.where(here > 0, here * value, 0.0).sum(1, keepdim=True), None
     for group in [group for group in floors if group not in by_dimension]:
         value = free_bits(value, floors[group], group, here)
     if terms.log_pk is not None:

@@ -353,6 +353,33 @@ def test_elbo_with_free_bits():
     assert elbo(mixture, free_bits=0.1, free_bits_per="row").shape == (4,)
 
 
+def test_a_floor_is_of_the_mean_over_the_samples_where_the_divergence_is_sampled():
+    """Each sample's estimate spreads beyond the floor: the mean of floored ones would not tend to the floored divergence."""
+    exact = terms(samples=20_000, prior=DiagNormal(torch.full((2,), 0.5), torch.zeros(2)))
+    same = GaussianMixture(DiagNormal(torch.full((2, 1, 2), 0.5), torch.zeros(2, 1, 2)), torch.zeros(2, 1))
+    divergence, log_px = kl_to_prior(exact)[0, 0], exact.likelihood().mean((0, 1))
+    for nats in (divergence.min().item() / 2, 0.9 * divergence.mean().item(), 2 * divergence.max().item()):
+        of_batch = divergence if divergence.mean() > nats else torch.full((4,), nats)
+        for per, floored in (("row", divergence.clamp_min(nats)), ("batch", of_batch)):
+            bound = elbo(replace(exact, prior=same), free_bits=nats, free_bits_per=per)
+            torch.testing.assert_close(bound, log_px - floored, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("per", ["row", "batch"])
+def test_a_floor_is_of_the_divergence_of_the_whole_mixture(per):
+    """Not of each component's share, of which some are below it where the divergence is not."""
+    t = replace(terms(components=3, samples=7), private={"w": torch.randn(7, 3, 4)})
+    weights = t.q.mixture.log_weights.exp()
+    shares = t.q.mixture.log_prob(t.z) - t.prior.log_prob(t.z)
+    divergence = (weights * shares).sum(1).mean(0)
+    nats = divergence.min().item() - 1e-3
+    assert (shares.mean(0) < nats).any()
+    torch.testing.assert_close(elbo(t, free_bits=nats, free_bits_per=per), elbo(t))
+    above = elbo(t, free_bits=divergence.max().item() + 1, free_bits_per=per)
+    torch.testing.assert_close(above, elbo(t) + divergence - divergence.max() - 1)
+    assert kl_to_prior(t, nats, per).shape == (7, 3, 4)
+
+
 def test_reported_figures_are_those_of_the_plain_bound():
     model, x = linear_gaussian(False)
     for objective in (partial(elbo, free_bits=5.0), iwae, dreg):
