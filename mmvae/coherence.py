@@ -4,7 +4,7 @@ Rows are read in chunks of 100 in their own order. Chunk n is the work of rank n
 (seed, n), so a figure depends neither on batch size nor on the number of ranks. Pictures are made from samples of q(z|given), since what
 a caption leaves open should vary; texts are compared word for word, so they are made from the posterior's mean, the best guess.
 
-Figures are called ``<from>_to_<to>/<figure>``, and ``joint/<figure>`` where everything came from the prior; ``all_to_<to>`` is from every
+Figures are called ``<from>_to_<to>/<figure>``, and ``joint/<figure>`` where nothing was given; ``all_to_<to>`` is from every
 other modality that a row has, of models with three or more.
 Shapes: ``N`` rows, ``B`` rows of a chunk, ``M`` modalities.
 """
@@ -117,7 +117,7 @@ def cross_generated(
 def joint_generated(
     accelerator: Accelerator, model: MMVAE, num_generated: int, *, seed: int = 0, **options: Any
 ) -> Iterator[dict[str, Any]]:
-    """All modalities together from the prior, by name, in chunks; each rank gets its own. Arguments as for :func:`cross_generated`."""
+    """All modalities together, nothing given, by name, in chunks; each rank gets its own. Arguments as for :func:`cross_generated`."""
     for n in range(accelerator.process_index, -(-num_generated // CHUNK), accelerator.num_processes):
         generator = torch.Generator().manual_seed(fold(seed, _JOINT, n))
         yield model.sample(min(CHUNK, num_generated - n * CHUNK), generator, **options)
@@ -283,7 +283,7 @@ def sprites_accuracy(
         judge: see :class:`mmvae.judge.Judge`.
         captions: of the data set, by the row's number.
         level: of the data set.
-        num_generated: the first rows that are used, and how many pairs come from the prior.
+        num_generated: the first rows that are used, and how many pairs are made of nothing given.
 
     Returns:
         ``<caption>_to_<picture>/``, ``<picture>_to_<caption>/`` and ``joint/`` with ``strict``, an entry per attribute, and what

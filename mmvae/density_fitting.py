@@ -70,6 +70,11 @@ def unfitted(model: VAE, options: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     return {name: build_density(*model.density_dims(name), _kind(kind)) for name, kind in options.items()}
 
 
+def latents_from(model: VAE) -> str:
+    """Where :meth:`mmvae.models.base.VAE.sample_prior` takes latents from: the "density" fitted to them, or else the "prior"."""
+    return "density" if model.config.latent_density in model.densities else "prior"
+
+
 def _kind(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "training"}
 

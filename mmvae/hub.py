@@ -34,7 +34,7 @@ _HEADS = {
 
 _USAGE = {
     "image_vae": """\
-pixels = model.sample(8)  # (8, C, H, W) in [0, 1], from the prior
+pixels = model.sample(8)  # (8, C, H, W) in [0, 1], new ones
 inputs = processor(image, return_tensors="pt")  # a PIL image, an array, or a list of them
 latents = model.encode(**inputs).mean
 again = model.reconstruct(**inputs)
@@ -42,7 +42,7 @@ again = model.reconstruct(**inputs)
     "text_vae": """\
 from mmvae.processing import decode_text
 
-print(decode_text(processor, model.sample(4)))  # sentences from the prior
+print(decode_text(processor, model.sample(4)))  # new sentences
 inputs = processor(["a sentence of the kind it was trained on"], return_tensors="pt")
 latents = model.encode(**inputs).mean
 print(decode_text(processor, model.reconstruct(**inputs, max_new_tokens=40, num_beams=4)))
@@ -61,7 +61,7 @@ names = [model.config.id2label[i] for i in model.classify(**inputs).argmax(1).to
 """
 
 _USAGE["mmvae"] = """\
-made = model.sample(4)  # one of each of {modalities} that belong together, from the prior, by name
+made = model.sample(4)  # one of each of {modalities} that belong together, new ones, by name
 inputs = processor({first}=[...], return_tensors="pt")  # any of the modalities, by name
 made = model.generate("{last}", **inputs)  # what is missing, from whatever is given
 nearest = model.retrieve(inputs, processor({last}=[...], return_tensors="pt"))  # and back

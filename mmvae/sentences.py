@@ -47,7 +47,9 @@ def evaluate_sentences(
     suppress_tokens: list[int] | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Draw sentences from the prior, word by word, and reconstruct as many first rows from their posterior's mean, where there is one.
+    """Draw sentences word by word, and reconstruct as many first rows from their posterior's mean, where there is one.
+
+    Latents of the sentences that are drawn come from :meth:`mmvae.TextVAE.sample_prior`: the prior, or the density fitted in its place.
 
     Arguments:
         accelerator: its ranks share the work, and all get the figures.
@@ -87,7 +89,9 @@ def samples(
     *,
     seed: int = 0,
 ) -> list[str]:
-    """Sentences from the prior, every word drawn from all words but suppressed ones, in an order that the number of ranks does not change.
+    """Sentences, every word drawn from all words but suppressed ones, in an order that the number of ranks does not change.
+
+    Their latents are of the prior, or of the density that was fitted in its place.
 
     Arguments:
         accelerator, model, tokenizer, suppress_tokens, seed: as for :func:`evaluate_sentences`.

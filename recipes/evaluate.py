@@ -7,7 +7,9 @@
     accelerate launch recipes/evaluate.py --model outputs/seed0 outputs/seed1 outputs/seed2 --dataset path/to/multi30k
 
 Of a text VAE also how it reconstructs, and how different its samples are (mmvae/sentences.py); with --reference_lm their perplexity too,
-and --samples_file writes samples for a language model to be trained on; --suppress_unknown true keeps <unk> out of all that it writes.
+and --samples_file writes samples for a language model to be trained on. Latents of samples are of the density that was fitted after
+training, where the folder has one: "latents" in the record is "density" or "prior". --suppress_unknown true keeps <unk> out of all that
+it writes.
 With --label a linear classifier tells what it reads in the latent (mmvae/baselines.py). A joint model is also asked to retrieve, translate
 and describe (mmvae/coherence.py), beside what the nearest training text would say; with --label also what is of the right class.
 Several models are columns of one table, beside means and deviations: --output is their JSON, and each folder gets its own.
@@ -17,6 +19,7 @@ Results are independent of batch size and number of processes; the noise of a ro
 
 import json
 import logging
+import math
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -30,6 +33,7 @@ from mmvae import MMVAE
 from mmvae.baselines import evaluate_by_training_rows
 from mmvae.coherence import evaluate_joint
 from mmvae.data import ImageColumn, Loader, Rows, TextColumn, find_column, load_rows, splits, texts_of
+from mmvae.density_fitting import latents_from
 from mmvae.evaluation import binarization, evaluate_conditional, evaluate_vae
 from mmvae.experiment import parse, precision
 from mmvae.judge import Judge
@@ -157,6 +161,7 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     accelerator.free_memory()
     names = {"model": without_place(name), "dataset": without_place(args.dataset), "split": args.split}
     told = {"rows": loader.num_rows, "seed": args.seed, "seconds": round(time.perf_counter() - began, 1)}
+    told |= {"latents": latents_from(model)} if math.prod(model.latent_shape) else {}  # of what it makes when nothing is given
     told |= {"suppress_unknown": True} if args.suppress_unknown else {}
     return names | told | {"metrics": figures}
 

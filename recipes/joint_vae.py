@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmvae import MMVAE, MMVAEProcessor
 from mmvae.data import Augmentation, Column, Loader, Rows, splits
-from mmvae.density_fitting import unfitted
+from mmvae.density_fitting import latents_from, unfitted
 from mmvae.evaluation import refuse_grey
 from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
 from mmvae.modalities import KINDS, joined, new_modalities
@@ -155,7 +155,7 @@ def main() -> None:
     def draw(model: MMVAE, figures: Path) -> dict[str, str]:
         batch = next(Loader(loaders["validation"].rows, 64, seed=args.seed, pool=0).batches(0))
         batch = {name: value[batch["present"].all(1)][:8].to(model.device) for name, value in batch.items() if name in model.input_names}
-        tables = side_by_side(generate(model, model.modalities, 8), figures, "from the prior")
+        tables = side_by_side(generate(model, model.modalities, 8), figures, f"from the {latents_from(model)}")
         if not len(batch["present"]):
             return tables
         own, _ = model.split(batch)

@@ -17,7 +17,7 @@ import torch
 from mmvae import TextVAE, TextVAEConfig
 from mmvae.data import Loader, TextColumn, find_column, splits, texts_of
 from mmvae.data.partly_labelled import LabelArguments, partly_labelled
-from mmvae.density_fitting import unfitted
+from mmvae.density_fitting import latents_from, unfitted
 from mmvae.experiment import RunArguments, finish, make_loaders, make_tokenizer, parse, start, train
 from mmvae.options import mapping
 from mmvae.pictures import table
@@ -96,13 +96,11 @@ def main() -> None:
         return {"samples": table({"sample": sentences})}
 
     def draw(model: TextVAE, figures: Path) -> dict[str, str]:
-        generator = torch.Generator().manual_seed(args.seed)
+        generator, source = torch.Generator().manual_seed(args.seed), f"from the {latents_from(model)}"
         samples = {}
         if text.latent_dim:
-            samples["from the prior, beam 4"] = decode_text(tokenizer, model.sample(8, generator, num_beams=4, max_new_tokens=40))
-        samples["from the prior, sampled words"] = decode_text(
-            tokenizer, model.sample(8, generator, do_sample=True, top_k=0, max_new_tokens=40)
-        )
+            samples[f"{source}, beam 4"] = decode_text(tokenizer, model.sample(8, generator, num_beams=4, max_new_tokens=40))
+        samples[f"{source}, sampled words"] = decode_text(tokenizer, model.sample(8, generator, do_sample=True, top_k=0, max_new_tokens=40))
         tables = {"Samples": table(samples)} | (of_the_latent(model, generator) if text.latent_dim else {})
         figures.joinpath("sentences.md").write_text("\n".join(f"## {k}\n\n{v}" for k, v in tables.items()), encoding="utf-8")
         return tables
@@ -123,9 +121,8 @@ def main() -> None:
         if classes:
             every = [number for number in classes["id2label"] for _ in range(3)]
             drawn = decode_text(tokenizer, model.generate(class_labels=every, generator=generator, num_beams=4, max_new_tokens=40))
-            tables["Sentences by class"] = table(
-                {"class": [classes["id2label"][number] for number in every], "from the prior, beam 4": drawn}
-            )
+            names = [classes["id2label"][number] for number in every]
+            tables["Sentences by class"] = table({"class": names, f"from the {latents_from(model)}, beam 4": drawn})
         return tables
 
     result = train(accelerator, args, model, loaders, show=show)

@@ -1,12 +1,15 @@
 """Densities fitted to the latents of a joint model: kept with it, and used by what it generates."""
 
+import json
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from recipe_runs import TEXT, run, sentences
 from test_mmvae import batch, joint
 
 from mmvae import MMVAE, ImageVAE, ImageVAEConfig, MMVAEConfig
-from mmvae.density_fitting import fit_densities, unfitted
+from mmvae.density_fitting import fit_densities, latents_from, unfitted
 
 OPTIONS = {
     "shared": {"kind": "mixture", "num_components": 3},
@@ -25,7 +28,9 @@ def test_densities_are_fitted_kept_and_used(tmp_path):
     model = joint(private=2, aggregation="poe")
     plain = [model.generate("image", 3, torch.Generator().manual_seed(1), **given) for given in ({}, {"input_ids": batch()["input_ids"]})]
     rows, state = batches(), torch.get_rng_state()
+    assert latents_from(model) == "prior"
     figures = fit_densities(model, rows, OPTIONS)
+    assert latents_from(model) == "density"
     assert torch.equal(state, torch.get_rng_state())
     assert {name.split("/")[1] for name in figures} == set(OPTIONS)
     assert all(isinstance(value, int | float) for value in figures.values())
@@ -49,6 +54,16 @@ def test_what_has_too_few_rows_is_left_out_and_told(caplog):
     assert set(model.densities) == set(model.config.densities) == {"shared", "private_image"}
     assert not any("shared_given_text" in name for name in figures)
     assert "density shared_given_text is not fitted" in caplog.text and "received 0 rows, expected at least 20" in caplog.text
+
+
+@pytest.mark.parametrize(("densities", "source"), [({"latent": {"kind": "mixture", "num_components": 2}}, "density"), ({}, "prior")])
+def test_titles_and_records_tell_what_the_latents_of_samples_are_of(tmp_path, densities, source):
+    data, model = str(sentences(tmp_path / "data", train=40)), str(tmp_path / "model")
+    run("text_vae", ["--dataset", data, "--output_dir", model, *TEXT, "--max_steps", "2", "--densities", json.dumps(densities)])
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert {word for word in ("density", "prior") if f"from the {word}" in card} == {source}
+    run("evaluate", ["--model", model, "--dataset", data, "--importance_samples", "0", "--max_new_tokens", "5"])
+    assert json.loads((tmp_path / "model" / "evaluation-test.json").read_text())["latents"] == source
 
 
 def test_refusals_come_before_any_work():

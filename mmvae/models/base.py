@@ -298,7 +298,7 @@ class VAE(VerifiedModel):
         return z.flatten(0, -1 - len(event))
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None, **options: Any) -> Tensor:
-        """Draw from the prior and render: ``num_samples`` things that were never seen.
+        """Draw latents by :meth:`sample_prior` and render: ``num_samples`` things that were never seen.
 
         Arguments:
             num_samples: how many.

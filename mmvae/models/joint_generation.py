@@ -1,4 +1,4 @@
-r"""What a joint model makes: whatever is missing from whatever is given, or everything from the prior.
+r"""What a joint model makes: whatever is missing from whatever is given, or everything from the prior (or its density).
 
     z ~ q(z|given), p(z|x_m) or p(z);    w_m ~ q(w_m|x_m) where x_m is given, else p(w_m|z) or its prior;    x_m ~ p(x_m|z, w_m)
 
@@ -32,7 +32,7 @@ class JointGeneration(VAE):
         sample: bool = True,
         **inputs: Any,
     ) -> Any:
-        """Make one modality, or several that belong together, from whatever is given; from the prior when nothing is.
+        """Make one modality, or several that belong together, from whatever is given; from ``sample_prior`` when nothing is.
 
         Arguments:
             target: name of a modality, or several names.
@@ -86,7 +86,7 @@ class JointGeneration(VAE):
     def sample(
         self, num_samples: int, generator: torch.Generator | None = None, target: str | Sequence[str] | None = None, **options: Any
     ) -> Any:
-        """Things that were never seen, from the prior: of one modality, or of several (all when None) that belong together."""
+        """Things that were never seen, from ``sample_prior``: of one modality, or of several (all when None) that belong together."""
         return self.generate(list(self.vaes) if target is None else target, num_samples, generator, **options)
 
     def reconstruct(self, target: str | Sequence[str] | None = None, **inputs: Any) -> Any:
