@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmvae.classifiers import labelled_coherence
 from mmvae.coherence import chunks
-from mmvae.data import Rows, TextColumn
+from mmvae.data import Rows, TextColumn, find_column
 from mmvae.metrics import text_scores
 from mmvae.models.base import VAE
 from mmvae.models.mmvae import MMVAE
@@ -85,8 +85,7 @@ def linear_probe(
     Raises:
         ValueError: for a model without a latent.
     """
-    if not model.config.latent_dim:
-        raise ValueError("label: received a model with latent_dim 0, a language model, expected one with a latent to read classes from")
+    _check_latent(model)
     numbers = {label: number for number, label in enumerate(dict.fromkeys(known_labels))}
     truths, known_truths = (torch.tensor([numbers.get(label, -1) for label in each]) for each in (labels, known_labels))
     figures, learned = {}, posterior_means(accelerator, model, known)
@@ -222,6 +221,27 @@ def evaluate_by_training_rows(
         options = {"num_generated": num_generated, "seed": seed}
         figures |= labelled_coherence(accelerator, model, processor, rows, labelled, known, label, **options)
     return figures
+
+
+def check_label(model: VAE, label: str, *parts: Any) -> None:
+    """Refuse, before any work, what :func:`evaluate_by_training_rows` would.
+
+    Arguments:
+        model: to be probed.
+        label: the column.
+        parts: the rows that are read for it.
+
+    Raises:
+        ValueError: for a model without a latent, rows without that column, and labels that are neither names nor whole numbers.
+    """
+    _check_latent(model)
+    for rows in parts:
+        _with_label(rows, find_column(rows, "label", label))
+
+
+def _check_latent(model: VAE) -> None:
+    if not model.config.latent_dim:
+        raise ValueError("label: received a model with latent_dim 0, a language model, expected one with a latent to read classes from")
 
 
 def _with_label(data: Any, label: str) -> Any:

@@ -194,13 +194,15 @@ def read_columns(
         processor: the model's.
         data: what the columns are of.
         modalities: ``name:kind:column``, separated by commas; the column is guessed where it is left out, all of it when None.
-        column: of the only modality.
+        column: of the only modality; None of a joint model.
         reading: ``max_length`` and ``truncate`` of texts.
 
     Raises:
-        ValueError: modalities that are not the model's, or columns that are not there.
+        ValueError: modalities that are not the model's, columns that are not there, or one column for a joint model.
     """
     joint = isinstance(model.config, MMVAEConfig)
+    if joint and column:
+        raise ValueError(f"column: received {column!r} for a joint model, expected none: name columns in modalities, as name:kind:column")
     vaes = dict(model.base_model.vaes) if joint else {model.input_modalities[0]: model}
     own = {name: vae.input_modalities[0] for name, vae in vaes.items()}
     found = parse_modalities(modalities or ",".join(f"{name}:{kind}" for name, kind in own.items()), KINDS)

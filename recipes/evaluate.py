@@ -30,9 +30,9 @@ from accelerate import Accelerator
 from transformers import AutoModel, AutoProcessor
 
 from mmvae import MMVAE
-from mmvae.baselines import evaluate_by_training_rows
+from mmvae.baselines import check_label, evaluate_by_training_rows
 from mmvae.coherence import evaluate_joint
-from mmvae.data import ImageColumn, Loader, Rows, TextColumn, find_column, load_rows, splits, texts_of
+from mmvae.data import ImageColumn, Loader, Rows, TextColumn, load_rows, splits, texts_of
 from mmvae.density_fitting import latents_from
 from mmvae.evaluation import binarization, evaluate_conditional, evaluate_vae
 from mmvae.experiment import parse, precision
@@ -53,7 +53,7 @@ class EvaluationArguments:
     model: list[str] = field(default_factory=lambda: ["outputs/text_vae"], metadata={"help": "model folder or Hub id, or several"})
     dataset: str = field(default="sprites:5", metadata={"help": "Hub id, local folder or file, or sprites:LEVEL[:ROWS] (built in)"})
     split: str = "test"
-    column: str | None = field(default=None, metadata={"help": "column of the text or pictures; guessed when there is only one"})
+    column: str | None = field(default=None, metadata={"help": "column of a model of one modality; guessed when there is only one"})
     modalities: str | None = field(default=None, metadata={"help": "of a joint model, name:kind[:column], separated by commas; guessed"})
     max_rows: int | None = field(default=None, metadata={"help": "evaluate the first rows only; the result says so"})
     max_length: int = 512
@@ -77,6 +77,10 @@ class EvaluationArguments:
     output: str | None = field(default=None, metadata={"help": "JSON file; evaluation-SPLIT.json in a local model folder by default"})
 
     def __post_init__(self) -> None:
+        zero = dict.fromkeys(("importance_samples", "conditional_samples", "num_generated"), 0)
+        for option, least in (zero | dict.fromkeys(("batch_size", "num_samples", "max_new_tokens", "num_beams"), 1)).items():
+            if (value := getattr(self, option)) < least:
+                raise ValueError(f"{option}: received {value}, expected at least {least}")
         if self.judge and self.dataset.split(":")[0] != "sprites":
             raise ValueError(f"judge: received {self.judge!r} with dataset {self.dataset!r}, expected sprites:LEVEL")
         if self.reference_lm and not self.num_generated:
@@ -101,9 +105,8 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     )
     data = data if args.max_rows is None else data.select(range(min(args.max_rows, len(data))))
     joint, transform = isinstance(model, MMVAE), None
-    if args.label:  # it has to exist
-        find_column(data, "label", args.label)
-        find_column(load_rows(args.dataset, on_bad_row=args.on_bad_row), "label", args.label)
+    if args.label:  # before hours of work
+        check_label(model, args.label, data, load_rows(args.dataset, on_bad_row=args.on_bad_row))
     reading = {"max_length": args.max_length, "truncate": args.truncate}
     columns = read_columns(model, processor, data, args.modalities, args.column, **reading)
     if isinstance(columns[0], ImageColumn) and not joint:
@@ -117,10 +120,15 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
             raise ValueError(f"{option}: received {getattr(args, option)!r} for a {type(model).__name__}, expected {expected}, or an MMVAE")
     if args.reference_lm and min(args.num_generated, len(data)) < 2:
         raise ValueError(f"reference_lm: {min(args.num_generated, len(data))} samples to score, expected at least 2 (num_generated, rows)")
+    if writes and args.num_generated == 1:
+        raise ValueError(f"num_generated: received 1 for a {type(model).__name__}, expected 0, or at least 2 samples to compare")
+    if writes and args.num_generated and len(data) < 2:
+        logger.warning("no figures of what the model writes: received %d row, expected at least 2", len(data))
     reference = None
     if args.reference_lm:
         reference = AutoModel.from_pretrained(args.reference_lm, dtype="float32").to(accelerator.device)
         check_language_model(reference)
+        reference = reference, AutoProcessor.from_pretrained(args.reference_lm)
     if args.suppress_unknown and not (writes and unknown_alone(processor)):
         token = f" whose unknown token is {processor.unk_token!r}" if writes else ""
         raise ValueError(f"suppress_unknown: received True for a {type(model).__name__}{token}, expected a text VAE with one of its own")
@@ -147,8 +155,7 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
             options |= {"known": [decode_text(processor, ids)[0] for ids in written]}  # as the model writes
         except ValueError as error:  # a data set without training rows, or with broken ones
             logger.warning("no share of samples that repeat a training row: %s", error)
-        if reference is not None:
-            options |= {"reference": (reference, AutoProcessor.from_pretrained(args.reference_lm))}
+        options |= {"reference": reference}
         figures |= evaluate_sentences(accelerator, model, processor, rows, data[columns[0].name][:], **options)
     if args.samples_file:
         drawn = samples(accelerator, model, processor, args.num_samples, args.max_new_tokens, unwritten, seed=args.seed)

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from test_coherence import WORDS, translator
 
 from mmvae import MMVAE, ImageVAEConfig, ImageVAEImageProcessor, MMVAEConfig, MMVAEProcessor, TextVAEConfig
-from mmvae.baselines import evaluate_by_training_rows, linear_probe, nearest_texts, posterior_means, text_retrieval
+from mmvae.baselines import check_label, evaluate_by_training_rows, linear_probe, nearest_texts, posterior_means, text_retrieval
 from mmvae.coherence import text_coherence
 from mmvae.data import ImageColumn, Rows, TextColumn, as_modalities, load_rows
 from mmvae.processing import train_tokenizer
@@ -103,6 +103,16 @@ def test_training_rows_are_read_only_where_they_are_needed(accelerator, caplog):
     lists = DATA.remove_columns("kind").add_column("kind", [["a"]] * 40)
     with pytest.raises(ValueError, match=r"row 0, field 'kind': received \['a'\], expected a name or a whole number"):
         evaluate_by_training_rows(*given, lambda: lists, "kind", num_generated=0)
+
+
+def test_labels_are_refused_before_any_work():
+    model = translator()[0]
+    shares = DATA.remove_columns("kind").add_column("kind", [None, 0.5] * 20)
+    with pytest.raises(ValueError, match="row 1, field 'kind': received 0.5, expected a name or a whole number"):
+        check_label(model, "kind", DATA, shares)
+    with pytest.raises(ValueError, match="no column 'kinds'"):
+        check_label(model, "kinds", DATA)
+    check_label(model, "kind", DATA)
 
 
 def test_rows_without_a_label_are_left_out(accelerator):

@@ -136,6 +136,13 @@ def test_the_recipes_train_it_and_give_both_perplexities(tmp_path, monkeypatch):
         evaluated("lm", "--conditional_samples", "5")
     with pytest.raises(ValueError, match="reference_lm: 1 samples to score, expected at least 2"):
         evaluated("lm", "--reference_lm", str(tmp_path / "lm"), "--num_generated", "1")
+    with pytest.raises(ValueError, match="num_generated: received 1 for a TextVAE, expected 0, or at least 2"):
+        evaluated("lm", "--num_generated", "1")
+    with pytest.raises(ValueError, match="label: received a model with latent_dim 0"):
+        evaluated("lm", "--label", "label", "--importance_samples", "1000000", "--num_generated", "1000000")
+    TextVAE.from_pretrained(tmp_path / "lm").save_pretrained(tmp_path / "untold")  # without its tokenizer
+    with pytest.raises((ValueError, OSError), match="untold"):
+        evaluated("lm", "--reference_lm", str(tmp_path / "untold"), "--num_generated", "1000000")
     forward = evaluated("lm", "--reference_lm", str(tmp_path / "lm"), "--samples_file", str(written), "--num_samples", "150")
     assert 1 < forward["samples/forward_perplexity"] < 20 and forward["samples/forward_unknown"] < 0.5
     assert len({json.loads(line)["text"] for line in written.read_text().splitlines()}) > 100
