@@ -125,7 +125,9 @@ def evaluate_elbo(
     Returns:
         ``neg_elbo_nats``, ``reconstruction_nats``, ``kl_nats`` per row; where there is a latent, and more than one row, ``active_units``;
         for texts ``tokens`` per row; of a joint model ``reconstruction_nats_<modality>``, in which a row without it counts 0; of a model
-        with classes, which is not told them here, ``accuracy`` of q(y|x) among the rows that have a label, where there are any.
+        with classes, which is not told them here, ``accuracy`` of q(y|x) among the rows that have a label, where there are any. In detail
+        ``mutual_information_nats``; where the posterior is a mixture, of classes or of modalities, it is that of a normal with the
+        mixture's mean and variance in its place, no estimate of the mixture's own.
     """
     moments, latent = _Moments(accelerator), math.prod(unwrap(model).latent_shape)
 

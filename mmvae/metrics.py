@@ -36,7 +36,7 @@ def mutual_information(q: DiagNormal, z: Tensor | None = None, chunk_size: int |
     .. math:: \frac1N \sum_i \Big[\log q(z_i|x_i) - \log \frac1N \sum_j q(z_i|x_j)\Big], \quad z_i \sim q(z|x_i)
 
     Arguments:
-        q: batch (N,).
+        q: batch (N,). Of a mixture there is no such estimate here: a normal of its mean and variance gives that normal's.
         z: (N, *event) one sample of each row; drawn when None.
         chunk_size: rows compared with all others at once; when None at most 256, and no more than 256 MiB hold.
     """

@@ -41,7 +41,7 @@ class VAEOutput(ModelOutput):
         kl: (B,), KL(q(z|x) || p(z)) in closed form, or its estimate from the samples.
         latents: (B, *event), the first sample.
         latent_mean: (B, *event), the posterior's mean.
-        latent_logvar: (B, *event), the log of the posterior's variance.
+        latent_logvar: (B, *event), the log of the posterior's variance; of a mixture both moments are the whole mixture's.
         class_log_probs: (B, N), log q(y|x) of a model with classes, whether or not it was told y.
         logits: (B, T, V), only when latents were given and text was decoded.
         past_key_values: the decoder's recurrent state while generating.
