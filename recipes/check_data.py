@@ -22,6 +22,7 @@ from mmvae.data import BadRow, Column, ImageColumn, Rows, as_modalities, broken_
 from mmvae.data.columns import Ragged, check_text
 from mmvae.data.lines import read_lines
 from mmvae.data.loading import features_of, line_files
+from mmvae.data.rows import NoneKept
 from mmvae.data.selection import file_row
 from mmvae.options import parse
 
@@ -108,7 +109,9 @@ def bad_rows(data: Any, columns: list[Column], name: str) -> list[tuple[int, str
     """What is wrong with the rows of a split, with their numbers in the file."""
     try:
         bad = Rows(data, columns, name=name, memory_limit=0, on_bad_row="skip").bad
-    except ValueError as error:  # not one is good
+    except NoneKept as error:
+        bad = error.bad
+    except ValueError as error:  # of the split as a whole
         return [(-1, str(error))]
     return [(file_row(data, row), told) for row, told in sorted(bad.items())]
 

@@ -212,6 +212,13 @@ def test_a_broken_line_of_one_split_hides_no_row_of_another(tmp_path, capsys, mo
     assert "train.jsonl: line 2, " in told and "test: row 1, field 'text': got NoneType" in told and "\n2 problems" in told
 
 
+def test_every_problem_is_listed_where_no_row_is_good(tmp_path, capsys, monkeypatch):
+    make(tmp_path / "data", "folder", 3, 3)
+    told = checked(tmp_path / "data", capsys, monkeypatch)
+    assert all(f"{row:06d}.png" in told for row in range(3)) and "\n3 problems" in told
+    assert "none is kept" not in told
+
+
 def test_a_stream_with_too_many_bad_rows_stops():
     data = datasets.Dataset.from_dict({"text": ["w1", None, "w1", "w1"]}).to_iterable_dataset()
     for most_bad in (0.01, 0.25):

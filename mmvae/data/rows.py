@@ -36,6 +36,14 @@ logger = logging.getLogger(__name__)
 ON_BAD_ROW = ("error", "skip_empty", "skip")
 
 
+class NoneKept(ValueError):
+    """Not one row of a data set is kept; ``bad`` tells what is wrong with those that are bad, by their numbers."""
+
+    def __init__(self, message: str, bad: Mapping[int, str]) -> None:
+        super().__init__(message)
+        self.bad = bad
+
+
 class Rows:
     """Rows of a data set as inputs of a model.
 
@@ -118,7 +126,7 @@ class Rows:
         self.numbers = rows[keep]
         if not len(self.numbers):
             why = f"; {next(iter(self.bad.values()))}" if self.bad else f", expected at least 1 that has {', '.join(self.modalities)}"
-            raise ValueError(f"{self.name} has {len(rows)} rows but none is kept{why}")
+            raise NoneKept(f"{self.name} has {len(rows)} rows but none is kept{why}", self.bad)
         self.num_rows = len(self.numbers)
         ragged = {self.columns[n]: packed.lengths for n, packed in self._memory.items() if isinstance(packed, Ragged)}
         for column, lengths in ragged.items():
