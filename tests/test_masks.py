@@ -104,6 +104,16 @@ def test_arrays_of_a_data_set_and_the_sprites_are_masks():
     assert np.array_equal(found, data[:]["mask"])
 
 
+def test_masks_of_nothing_but_background_are_told(caplog):
+    nothing = np.array([[0, 0, 255]] * 2, np.uint8)
+    for last, told in ((nothing, 1), (MASK, 0)):
+        caplog.clear()
+        masks = [nothing, nothing, last]
+        Rows(Dataset.from_dict({"mask": masks}, Features({"mask": Array2D((2, 3), "uint8")})), MaskColumn("mask", (2, 3)), name="set")
+        assert len(caplog.messages) == told
+        assert not told or "set: field 'mask': got no pixel of (1,) in 3 masks, expected some beside" in caplog.text
+
+
 def test_pictures_and_masks_move_alike():
     keys, masks = torch.arange(20), torch.randint(2, (20, 8, 8), dtype=torch.uint8)
     move = Augmentation(horizontal_flip=0.5, vertical_flip=0.5, shift=2)

@@ -96,6 +96,10 @@ class Column(ABC):
         """What stands, prepared, where a row lacks the column: finite and of a valid shape. Zeros where rows have one shape."""
         return torch.zeros(self.shape, dtype=self.dtype).numpy()
 
+    def lacking(self, packed: Tensor | Ragged) -> str:
+        """What a warning says that all rows together lack; nothing when empty."""
+        return ""
+
     def settings(self) -> str:
         """What besides the raw data decides the model's inputs, as text for a fingerprint."""
         return repr(self)

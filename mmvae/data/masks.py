@@ -32,7 +32,8 @@ class MaskColumn(Column):
     Arguments:
         name: the data set's column: arrays (H,W) of whole numbers or bool, or pictures: grey, bits, or the numbers of a palette.
         image_size: height and width in pixels, or one number for both.
-        values: what stands for each class, in the order of their numbers: (0, 255) for black and white masks.
+        values: what stands for each class, in the order of their numbers: (0, 255) for black and white masks. `Rows` warns where no mask
+            has any but the first, the background.
         augmentation: that of the pictures, so that both are moved alike; what it does to colours is left out.
         paths: as of `ImageColumn`.
 
@@ -80,6 +81,12 @@ class MaskColumn(Column):
     def pack(self, prepared: Sequence[np.ndarray]) -> Tensor:
         """(N,H,W) uint8."""
         return torch.from_numpy(np.stack(prepared))
+
+    def lacking(self, packed: Tensor) -> str:
+        """A pixel that is not of the background: from masks without one a model learns to find nothing."""
+        if any(((mask > 0) & (mask != UNLABELLED)).any() for mask in packed):
+            return ""
+        return f"got no pixel of {self.values[1:]} in {len(packed)} masks, expected some beside the background, {self.values[0]}"
 
     def collate(self, packed: Tensor, keys: Tensor) -> dict[str, Tensor]:
         """``labels`` (B,H,W) uint8, moved as the pictures are."""

@@ -128,6 +128,9 @@ class Rows:
             why = f"; {next(iter(self.bad.values()))}" if self.bad else f", expected at least 1 that has {', '.join(self.modalities)}"
             raise NoneKept(f"{self.name} has {len(rows)} rows but none is kept{why}", self.bad)
         self.num_rows = len(self.numbers)
+        for n, packed in self._memory.items():
+            if lacking := self.columns[n].lacking(packed):
+                logger.warning("%s: field %r: %s", called(self._dataset, self.name), self.columns[n].name, lacking)
         ragged = {self.columns[n]: packed.lengths for n, packed in self._memory.items() if isinstance(packed, Ragged)}
         for column, lengths in ragged.items():
             self._tell_empty(column, self._has(column, self._present) & (lengths == 0))
