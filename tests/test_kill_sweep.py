@@ -21,8 +21,14 @@ def outcome():
 
 def test_a_kill_before_an_operation_loses_nothing(outcome):
     report = outcome["sound"]
-    assert report["faults"] == 0, report
+    assert report["faults"] == 0 and report["missed"] == 0 and report["valid"], report
     assert report["kills"] >= 3 and report["landed"] >= 3 and report["in_a_save"] >= 2, "the kills did not land where they show something"
+
+
+def test_a_life_that_nobody_killed_is_no_kill(outcome):
+    report = outcome["missed"]
+    assert report["missed"] == 1 and report["kills"] == outcome["sound"]["kills"] and not report["valid"]
+    assert "ended before operation" in report["trouble"][-1]
 
 
 @pytest.mark.parametrize(("plant", "fault"), [("seeds", "differ"), ("in_place", "lost"), ("epoch", "order")])
