@@ -20,9 +20,8 @@ from torch import Tensor
 
 from mmvae.data import BadRow, Column, ImageColumn, Rows, as_modalities, broken_lines, splits
 from mmvae.data.columns import Ragged, check_text
-from mmvae.data.lines import read_lines
+from mmvae.data.lines import NoneKept, read_lines
 from mmvae.data.loading import features_of, line_files
-from mmvae.data.rows import NoneKept
 from mmvae.data.selection import file_row
 from mmvae.options import parse
 

@@ -21,6 +21,14 @@ class BadRow(ValueError):
     """A row that cannot be used; the message names the row (from 0) or the file's line (from 1), what came and what was expected."""
 
 
+class NoneKept(ValueError):
+    """Not one row of a data set is kept; ``bad`` tells what is wrong with those that are bad, by their numbers."""
+
+    def __init__(self, message: str, bad: Mapping[int, str]) -> None:
+        super().__init__(message)
+        self.bad = bad
+
+
 def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Every line of a file with its number from 1: the object that it holds, or what is wrong with it.
 

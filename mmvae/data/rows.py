@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mmvae.data.columns import Column, ImageColumn, Ragged, TooLong
-from mmvae.data.lines import BadRow
+from mmvae.data.lines import BadRow, NoneKept
 from mmvae.data.loading import content_fingerprint, features_of
 from mmvae.data.masks import MaskColumn
 from mmvae.data.missing import check_drop, hide
@@ -34,14 +34,6 @@ from mmvae.models.configuration import input_name
 logger = logging.getLogger(__name__)
 
 ON_BAD_ROW = ("error", "skip_empty", "skip")
-
-
-class NoneKept(ValueError):
-    """Not one row of a data set is kept; ``bad`` tells what is wrong with those that are bad, by their numbers."""
-
-    def __init__(self, message: str, bad: Mapping[int, str]) -> None:
-        super().__init__(message)
-        self.bad = bad
 
 
 class Rows:
