@@ -159,7 +159,7 @@ def update(
         batch: tensors; those whose first dimension is B are split by rows. ``row_weight`` (B,) float and ``num_rows``
             () int, the rows of the global batch.
         accumulation: number of micro-batches, >= 1; a share of fewer rows has fewer.
-        max_grad_norm: clip the gradient to this L2 norm.
+        max_grad_norm: clip the gradient to this L2 norm, > 0; None clips nothing.
         scheduler: stepped once, whether or not the step was taken, so that the learning rate is a pure function of the
             step.
         ema: updated once.
@@ -171,6 +171,8 @@ def update(
     """
     if accumulation < 1:
         raise ValueError(f"accumulation={accumulation}: expected at least 1")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm={max_grad_norm}: expected above 0, or None to clip nothing")
     optimizer.zero_grad()
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.is_floating_point()]
     loss, not_finite = _backward(accelerator, model, losses, batch, accumulation)

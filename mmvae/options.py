@@ -46,7 +46,7 @@ class RunArguments:
     lr_schedule: str = field(default="constant_with_warmup", metadata={"help": "a name that transformers.get_scheduler knows"})
     lr_options: str = field(default="{}", metadata={"help": "its scheduler_specific_kwargs; steps may be a share, 0.2 of the run's"})
     warmup_steps: int = 100
-    max_grad_norm: float | None = 100.0
+    max_grad_norm: float | None = field(default=100.0, metadata={"help": "clip the gradient to this norm; null in a config file: never"})
     ema_decay: float = field(default=0.0, metadata={"help": "average the weights; the average is evaluated and saved; 0 is off"})
     mixed_precision: str = field(default="auto", metadata={"help": "no, bf16, fp16, or auto: bf16 where the hardware has it"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model's trunks"})
@@ -100,6 +100,8 @@ class RunArguments:
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name}: received {value}, expected a finite number")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm: received {self.max_grad_norm}, expected above 0, or null (None) to clip nothing")
         for name, why in self.refused.items():
             if getattr(self, name) is True or getattr(self, name) == "skip":
                 expected = "False" if name != "on_bad_row" else "'error' or 'skip_empty'"

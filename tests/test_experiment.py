@@ -62,6 +62,8 @@ def test_a_later_file_wins_over_an_earlier_one(tmp_path):
         ("num_epochs: 0", [], "num_epochs: received 0, expected at least 1"),
         ("patience: 0", [], "patience: received 0, expected at least 1"),
         ("max_grad_norm: .inf", [], "max_grad_norm: received inf, expected a finite number"),
+        ("max_grad_norm: 0", [], r"max_grad_norm: received 0, expected above 0, or null \(None\) to clip nothing"),
+        ("", ["--max_grad_norm", "-1"], r"max_grad_norm: received -1.0, expected above 0"),
         ("warmup_steps: 0.05", [], "warmup_steps: received 0.05, expected at least 0 and whole"),
         *(
             (f"{name}: 0", [], f"{name}: received 0, expected at least 1")

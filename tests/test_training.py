@@ -129,6 +129,9 @@ def test_a_step_of_a_fused_optimizer_waits_for_nothing(accelerator, monkeypatch)
 def test_wrong_arguments_of_update_are_named(accelerator):
     with pytest.raises(ValueError, match="accumulation=0"):
         one_update(accelerator, accumulation=0)
+    for norm in (0, -1.0):
+        with pytest.raises(ValueError, match=f"max_grad_norm={norm}: expected above 0, or None to clip nothing"):
+            one_update(accelerator, max_grad_norm=norm)
     with pytest.raises(ValueError, match=r"shape \(\), expected one loss per row: \(11,\)"):
         one_update(accelerator, wreck=lambda loss, n: loss.mean())
 
