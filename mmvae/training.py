@@ -13,6 +13,7 @@ References:
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from mmvae.optimization import EMA, lay_out_gradients, micro_batches, unwrap, up
 from mmvae.processes import Signals, locked
 from mmvae.snapshot import load_weights
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["EMA", "Batches", "Result", "Step", "evaluate", "fit", "load_weights", "micro_batches", "unwrap", "update"]
 
 
@@ -38,8 +41,8 @@ __all__ = ["EMA", "Batches", "Result", "Step", "evaluate", "fit", "load_weights"
 class Result:
     """What :func:`fit` returns.
 
-    ``checkpoint`` is the folder of the best evaluation, or the last one when nothing was monitored; ``seconds`` counts
-    all lives of the run.
+    ``checkpoint`` is the folder of the best evaluation, or the last one when nothing was monitored or that of the best is gone or
+    damaged, which a warning tells: ``best_step`` and ``best_value`` are None then. ``seconds`` counts all lives of the run.
     """
 
     step: int
@@ -209,13 +212,20 @@ def fit(
                 train_epoch(run, step, loader, signals)
     accelerator.wait_for_everyone()
     at = run.progress
-    best = at.step if at.best_step is None else at.best_step
-    return Result(
-        at.step,
-        at.epoch,
-        at.best_step,
-        at.best_value,
-        checkpoint.find(run.folder, best) or run.last,
-        list(at.history),
-        run.elapsed(),
-    )
+    best_step, best_value, kept = _best(run)
+    return Result(at.step, at.epoch, best_step, best_value, kept, list(at.history), run.elapsed())
+
+
+def _best(run: Run) -> tuple[int | None, float | None, Path | None]:
+    """Step, figure and checkpoint of the best evaluation; where there is none, or no longer its checkpoint, the last checkpoint alone."""
+    at, last = run.progress, checkpoint.find(run.folder, run.progress.step) or run.last
+    if at.best_step is None:
+        return None, None, last
+    found = checkpoint.find(run.folder, at.best_step)
+    try:
+        checkpoint.verify(found or run.folder / f"step-{at.best_step:08d}")
+    except CheckpointError as error:
+        told = "the best weights, those of step %d, are lost, and the last ones, of step %d, are taken: %s"
+        logger.warning(told, at.best_step, at.step, error)
+        return None, None, last
+    return at.best_step, at.best_value, found

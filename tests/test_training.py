@@ -263,6 +263,19 @@ def test_patience_and_the_best_checkpoint(tmp_path, lower, figures, best, end):
     assert again.step == end, "early stopping holds after a resume"
 
 
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_last_weights_are_not_told_as_the_best_ones(tmp_path, caplog, how):
+    given = iter([1.0, 2.0])
+    result, _ = run(tmp_path, evaluate=lambda: {"nll": next(given)})
+    assert (result.best_step, result.best_value, result.checkpoint.name, caplog.text) == (3, 1.0, "step-00000003", "")
+    weights = result.checkpoint / "model.safetensors"
+    data = weights.read_bytes()
+    weights.unlink() if how == "gone" else weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    again, _ = run(tmp_path, evaluate=dict)
+    assert (again.best_step, again.best_value, again.checkpoint.name) == (None, None, "step-00000006")
+    assert "the best weights, those of step 3, are lost" in caplog.text and "step-00000003/model.safetensors: " in caplog.text
+
+
 def test_patience_begins_with_the_last_phase(tmp_path):
     options = {"monitor": "score", "eval_every": 2, "patience": 2, "patience_from": 9}
     given = iter(range(50))
