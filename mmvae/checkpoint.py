@@ -61,8 +61,8 @@ def save(
     """Write one checkpoint atomically, then delete the old ones that nothing protects.
 
     Protected are: the one just written, those of step ``best``, and the newest ``max(keep, 2)`` complete ones. Folders
-    that are incomplete are neither counted nor touched, except ``.tmp-`` folders of processes that are gone, which are
-    removed.
+    that are incomplete, or damaged and of no lower step, are neither counted nor touched, except ``.tmp-`` folders of
+    processes that are gone, which are removed.
 
     Arguments:
         root: folder that holds the checkpoints; made when it is missing.
@@ -166,7 +166,7 @@ def _free_name(root: Path, step: int) -> Path:
 
 
 def _rotate(root: Path, written: Path, keep: int, best: int | None) -> None:
-    complete = [folder for folder in _folders(root) if folder != written and _looks_complete(folder)]
+    complete = [folder for folder in _folders(root) if folder != written and _counts(folder, _number(written)[0])]
     for folder in complete[max(keep, 2) - 1 :]:
         if _number(folder)[0] != best:
             # renamed first: a crash inside the deletion must not leave half a checkpoint under a good name
@@ -275,6 +275,20 @@ def _folders(root: Path) -> list[Path]:
 def _number(folder: Path) -> tuple[int, int] | None:
     match = _FOLDER.fullmatch(folder.name)
     return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def _counts(folder: Path, step: int) -> bool:
+    """Whether a checkpoint counts as complete beside one of ``step``.
+
+    There is none of that step or later but where a run has begun again before it: after a damaged one, which must not push out good ones.
+    """
+    if _number(folder)[0] < step:
+        return _looks_complete(folder)
+    try:
+        verify(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _looks_complete(folder: Path) -> bool:

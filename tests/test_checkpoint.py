@@ -210,6 +210,16 @@ def test_old_checkpoints_go_exactly_as_the_rule_says(tmp_path):
     assert not outcome["fault"], outcome
 
 
+def test_a_damaged_later_checkpoint_pushes_out_no_good_one(tmp_path):
+    for step in (200, 300):
+        checkpoint.save(tmp_path, step, small_state())
+    damage(tmp_path / "step-00000300" / "model.safetensors", "flip")
+    for step in (250, 260, 300):
+        checkpoint.save(tmp_path, step, small_state())
+    good = [path.name for path in tmp_path.iterdir() if path.name != "step-00000300" and checkpoint.verify(path)]
+    assert sorted(good) == ["step-00000260", "step-00000300.1"]
+
+
 def test_remains_of_dead_processes_are_removed_and_of_living_ones_kept(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
