@@ -84,6 +84,7 @@ class RunArguments:
             given = mapping(name, getattr(self, name))
             meant_for_another = getattr(self, of) != default[of] and given == mapping(name, default[name])
             setattr(self, name, {} if meant_for_another else given)
+        self._check_schedule(default["warmup_steps"])
         self.phases = sequence("phases", self.phases)
         build_phases(vars(self), self.phases)  # checks the values
         if self.num_epochs is None and self.max_steps is None:
@@ -114,6 +115,16 @@ class RunArguments:
             self.hub_model_id = Path(self.output_dir).name
         if self.hub_model_id is not None:
             check_repo_id(self.hub_model_id)
+
+    def _check_schedule(self, default_warmup: int) -> None:
+        """Refuse what `transformers.get_scheduler` would leave out without a word."""
+        if self.lr_schedule in ("constant", "constant_with_warmup") and self.lr_options:
+            raise ValueError(f"lr_options: received {self.lr_options} with lr_schedule {self.lr_schedule!r}, which has none, expected {{}}")
+        if self.lr_schedule == "constant":
+            if self.warmup_steps not in (0, default_warmup):
+                expected = "expected 0, or lr_schedule 'constant_with_warmup'"
+                raise ValueError(f"warmup_steps: received {self.warmup_steps} with lr_schedule 'constant', {expected}")
+            self.warmup_steps = 0
 
     @property
     def rows(self) -> dict[str, Any]:

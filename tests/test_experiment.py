@@ -32,9 +32,9 @@ class Options:
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("latent_dim: 8\nnum_epochs: 3\nlearning_rate: 2e-3\nkl_options: {steps: 7}\nmax_grad_norm: null\nchannels: [8, 16]\n")
-    run, model = parse(RunArguments, Options, argv=["--config", str(path), "--latent_dim", "2", "--lr_options", '{"a": 1}'])
+    run, model = parse(RunArguments, Options, argv=["--config", str(path), "--latent_dim", "2", "--objective_options", '{"free_bits": 1}'])
     assert (model.latent_dim, model.channels) == (2, [8, 16])
-    assert (run.num_epochs, run.learning_rate, run.kl_options, run.lr_options) == (3, 2e-3, {"steps": 7}, {"a": 1})
+    assert (run.num_epochs, run.learning_rate, run.kl_options, run.objective_options) == (3, 2e-3, {"steps": 7}, {"free_bits": 1})
     assert (run.max_grad_norm, run.batch_size) == (None, RunArguments(num_epochs=1).batch_size)
 
 
@@ -74,6 +74,9 @@ def test_a_later_file_wins_over_an_earlier_one(tmp_path):
         ("kl_options: [3]", [], r"kl_options: received \[3\], expected a mapping"),
         ("", ["--kl_options", '{"stepz": 3}'], r"kl_options: received {'stepz': 3}, expected parameters of linear, \['steps', 'start', "),
         ("kl_options: {steps: -3}", [], "steps: received -3, expected a finite number above 0"),
+        ("lr_options: {num_decay_steps: 0.6}", [], "lr_options: received .*0.6} with lr_schedule 'constant_with_warmup', which has none"),
+        ("lr_schedule: constant\nlr_options: {a: 1}", [], "lr_options: received {'a': 1} with lr_schedule 'constant', which has none"),
+        ("lr_schedule: constant\nwarmup_steps: 7", [], "warmup_steps: received 7 with lr_schedule 'constant', expected 0, or"),
         ("kl_schedule: cyclical", [], r"kl_options: received {}, expected parameters of cyclical, \['period', .*missing .*'period'"),
         (
             "objective_options: {free_bit: 3}",
@@ -105,6 +108,7 @@ def test_default_options_of_one_function_are_not_handed_to_another():
     assert FreeBits(kl_schedule="cyclical", kl_options='{"period": 9}').kl_options == {"period": 9}
     assert FreeBits(objective="iwae").objective_options == FreeBits(objective="dreg").objective_options == {}
     assert FreeBits().objective_options == {"free_bits": 0.25}
+    assert (FreeBits().warmup_steps, FreeBits(lr_schedule="constant").warmup_steps) == (100, 0)
 
 
 @pytest.mark.parametrize("prior", ["mixture", "vamp"])

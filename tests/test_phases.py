@@ -40,9 +40,8 @@ def test_a_phase_says_what_is_different():
 
 def test_steps_may_be_shares_of_the_run():
     phases = [{"steps": 0.25, "kl_options": {"steps": 0.1}}, {"steps": 5, "kl_schedule": "constant", "kl_options": {"weight": 0.5}}, {}]
-    run = RunArguments(
-        num_epochs=1, kl_options={"steps": 0.5, "start": 0.5}, lr_options={"num_decay_steps": 0.6, "min_lr_ratio": 0.02}, phases=phases
-    )
+    decay = {"lr_schedule": "warmup_stable_decay", "lr_options": {"num_decay_steps": 0.6, "min_lr_ratio": 0.02}}
+    run = RunArguments(num_epochs=1, kl_options={"steps": 0.5, "start": 0.5}, phases=phases, **decay)
     told = run.in_steps(40)
     assert (told.kl_options, told.lr_options) == ({"steps": 20, "start": 0.5}, {"num_decay_steps": 24, "min_lr_ratio": 0.02})
     assert [phase.start for phase in build_phases(vars(told), told.phases)] == [0, 10, 15]
