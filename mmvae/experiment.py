@@ -27,7 +27,7 @@ from mmvae.hub import push, write_card, write_metrics
 from mmvae.noise import fold
 from mmvae.optimization import EMA, micro_batches, unwrap, update
 from mmvae.options import RunArguments, parse
-from mmvae.phases import begin, build_phases, check_objectives, check_resets, part_of, phase_at
+from mmvae.phases import begin, build_phases, check_objectives, check_reach, check_resets, part_of, phase_at
 from mmvae.processing import ImageVAEImageProcessor, load_tokenizer, train_tokenizer
 from mmvae.record import public, without_place
 from mmvae.training import Result, fit, load_weights
@@ -208,9 +208,9 @@ def train(
     if args.max_steps is None and loaders["train"].num_rows is None:
         raise ValueError("max_steps: received None with streaming, expected a number: how many steps an epoch of a stream has is not known")
     steps = args.num_epochs * len(loaders["train"]) if args.max_steps is None else args.max_steps
-    phases = build_phases(vars(args), args.phases)
-    check_resets(phases, model), check_objectives(phases, model)
     args = args.in_steps(steps)  # so a longer run whose shares are more steps is told as another one
+    phases = build_phases(vars(args), args.phases)
+    check_resets(phases, model), check_objectives(phases, model), check_reach(phases, model, steps)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -240,7 +240,6 @@ def train(
             )
         return figures
 
-    phases = build_phases(vars(args), args.phases)
     step = vae_step(accelerator, prepared, args, transform, optimizer=optimizer, scheduler=scheduler, ema=ema)
     options = {name: value for name, value in asdict(args).items() if name not in _FREE} | {"mixed_precision": accelerator.mixed_precision}
     info = {"config": json.loads(model.config.to_json_string()), "options": options}

@@ -158,6 +158,17 @@ def check_objectives(phases: Sequence[Phase], model: nn.Module) -> None:
         )
 
 
+def check_reach(phases: Sequence[Phase], model: nn.Module, steps: int) -> None:
+    """Refuse phases that begin when a run of so many steps is over, and those that train or reset nothing: ValueError."""
+    if phases[-1].start >= steps:
+        raise ValueError(f"phases: received a last one from step {phases[-1].start} on, expected one before the run's end at {steps}")
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for number, phase in enumerate(phases):
+        for part in {*phase.trained, phase.reset} - {None}:
+            if trainable.isdisjoint(part_of(model, part)):
+                raise ValueError(f"phases[{number}]: received {part!r} to train or reset, expected a part in which this model has weights")
+
+
 @torch.no_grad()
 def begin(phase: Phase, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, ema: EMA | None = None) -> None:
     """Give the part that a phase resets new weights, the same on every rank, and forget its moments and averages."""

@@ -11,7 +11,7 @@ from mmvae.checkpoint import CheckpointError
 from mmvae.experiment import RunArguments, train, vae_step
 from mmvae.objectives import elbo
 from mmvae.optimization import EMA
-from mmvae.phases import begin, build_phases, check_resets, part_of, phase_at
+from mmvae.phases import begin, build_phases, check_reach, check_resets, part_of, phase_at
 from mmvae.schedules import in_steps
 
 RUN = {"kl_schedule": "linear", "kl_options": {"steps": 4}, "objective": "elbo", "objective_options": {"free_bits": 0.5}, "num_samples": 1}
@@ -118,6 +118,19 @@ def test_parts_of_every_kind_of_model():
     model.zero_grad()
     model.decode(torch.randn(1, 2), torch.tensor([0])).log_prob(model.target(**rows)).sum().backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} <= part_of(model, "generation")
+
+
+@pytest.mark.parametrize(("phases", "start"), [([{"steps": 4000}, {"reset": "generation"}], 4000), ([{"steps": 0.99}, {}], 6)])
+def test_a_phase_that_would_never_begin_is_refused(tmp_path, phases, start):
+    with pytest.raises(ValueError, match=f"phases: received a last one from step {start} on, expected one before the run's end at 6"):
+        train(*make(tmp_path, phases=phases))
+
+
+@pytest.mark.parametrize("option", [{"trained": {"inference": 10, "all": 1}}, {"reset": "inference"}])
+def test_a_part_without_weights_is_refused(option):
+    model = TextVAE(TextVAEConfig(vocab_size=9, embedding_size=3, hidden_size=4, latent_dim=0))
+    with pytest.raises(ValueError, match=re.escape("phases[1]: received 'inference' to train or reset, expected a part in which")):
+        check_reach(build_phases(RUN, [{"steps": 3}, option]), model, 9)
 
 
 def weights(model):

@@ -76,8 +76,8 @@ def test_the_tight_run_on_ptb_goes_on_from_the_informative_one():
 
 def test_the_better_bound_on_ptb_goes_on_from_the_first_run(tmp_path, capsys):
     configs = [str(FOLDER.parent / name) for name in ("text_vae_ptb.yaml", "text_vae_ptb_bound.yaml")]
-    small = ["--embedding_size=4", "--hidden_size=4", "--latent_dim=3", "--log_every=1", "--mixed_precision=no", f"--output_dir={tmp_path}"]
-    small += ["--dataset", str(sentences(tmp_path / "data"))]
+    small = ["--embedding_size=4", "--hidden_size=4", "--latent_dim=3", "--mixed_precision=no", f"--output_dir={tmp_path}"]
+    small += ["--batch_size=8", "--dataset", str(sentences(tmp_path / "data"))]
     run("text_vae", ["--config", configs[0], *small, "--num_epochs", "2"], whole=False)
     capsys.readouterr()
     run("text_vae", ["--config", configs[0], "--config", configs[1], *small, "--num_epochs", "3"], whole=False)
