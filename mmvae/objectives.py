@@ -25,6 +25,7 @@ References:
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def capacity(terms: Terms, beta: float = 1.0, nats: float = 8.0, strength: float
         terms: see :class:`Terms`.
         beta: share of the capacity that is open, so that a schedule from 0 to 1 opens it.
         nats: C, per row.
-        strength: gamma.
+        strength: gamma, at least 0.
 
     Returns:
         (B,). No bound on log p(x) unless the divergence is at least the capacity. Where the divergence is sampled it is its estimate,
@@ -256,5 +257,20 @@ def mmvm(terms: Terms, beta: float = 1.0, prior_weight: float = 0.0, regularizer
     return _sum(terms, own.likelihood() - beta * (divergence - sum(own.private.values())))
 
 
+def check_options(name: str, options: Mapping[str, object]) -> None:
+    """Refuse options of an objective that are no numbers or negative ones where it takes nats or a weight: ValueError, naming them.
+
+    Arguments:
+        name: of the options.
+        options: by name; free bits may be those of several groups.
+    """
+    for option in _NATS_AND_WEIGHTS & options.keys():
+        value = options[option]
+        for number in value.values() if isinstance(value, Mapping) else [value]:
+            if not isinstance(number, Real) or not 0 <= number < math.inf:
+                raise ValueError(f"{name}: {option}: received {value!r}, expected a finite number of at least 0")
+
+
+_NATS_AND_WEIGHTS = {"free_bits", "nats", "strength", "alpha", "prior_weight"}
 _ALL = (elbo, capacity, iwae, dreg, mvae, mvtcae, mmvm, jmvae)
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {function.__name__: function for function in _ALL}

@@ -171,13 +171,22 @@ def mapping(name: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
     """An option that takes options, from JSON or as it is.
 
     Raises:
-        ValueError: naming the option, when it is no mapping.
+        ValueError: naming the option, when it is no mapping, or has a number that is a text.
     """
     with contextlib.suppress(ValueError):
         value = json.loads(value) if isinstance(value, str) else value
     if not isinstance(value, Mapping):
         raise ValueError(f"""{name}: received {value!r}, expected a mapping, for example '{{"steps": 500}}'""")
+    for key, item in value.items():
+        if isinstance(item, str) and _is_number(item):
+            raise ValueError(f"{name}: received the text {item!r} as {key}, expected a number (YAML reads 1e-2 as text, 1.0e-2 as one)")
     return dict(value)
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return math.isfinite(float(text))
+    return False
 
 
 def sequence(name: str, value: str | Sequence[Any]) -> list[Any]:

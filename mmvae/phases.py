@@ -27,7 +27,7 @@ from torch import nn
 
 from mmvae.models.configuration import bind
 from mmvae.noise import fold
-from mmvae.objectives import OBJECTIVES, Objective, mmvm
+from mmvae.objectives import OBJECTIVES, Objective, check_options, mmvm
 from mmvae.optimization import EMA, unwrap
 from mmvae.schedules import SCHEDULES, Schedule
 
@@ -113,6 +113,11 @@ def _phase(where: str, start: int, options: Mapping[str, Any]) -> Phase:
     schedule, objective = SCHEDULES[options["kl_schedule"]], OBJECTIVES[options["objective"]]
     bind(f"{where}kl_options", schedule, options["kl_options"])
     bind(f"{where}objective_options", objective, options["objective_options"], given=("terms", "beta"))
+    check_options(f"{where}objective_options", options["objective_options"])
+    try:
+        schedule = schedule(**options["kl_options"])
+    except ValueError as error:
+        raise ValueError(f"{where}kl_options: {error}") from None
     if not isinstance(options["num_samples"], int) or options["num_samples"] < 1:
         raise ValueError(f"{where}num_samples: received {options['num_samples']!r}, expected at least 1")
     trained, reset = options.get("trained", "all"), options.get("reset")
@@ -124,7 +129,7 @@ def _phase(where: str, start: int, options: Mapping[str, Any]) -> Phase:
         raise ValueError(f"{where}reset: received {reset!r}, expected one of {PARTS}, or none")
     cycle = tuple(part for part, count in counts.items() for _ in range(count))
     bound = partial(objective, **options["objective_options"])
-    return Phase(start, schedule(**options["kl_options"]), bound, options["num_samples"], cycle, reset)
+    return Phase(start, schedule, bound, options["num_samples"], cycle, reset)
 
 
 def phase_at(phases: Sequence[Phase], step: int) -> Phase:

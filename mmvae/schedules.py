@@ -9,13 +9,14 @@ References:
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 Schedule = Callable[[int], float]
 
 
 def _check(name: str, value: float, positive: bool = False) -> None:
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    if not isinstance(value, Real) or not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name}: received {value!r}, expected a finite number {'above' if positive else 'at least'} 0")
 
 
@@ -55,7 +56,8 @@ def cyclical(
         cycles: number of cycles after which the weight stays at ``stop``; None for ever.
     """
     _check("period", period, positive=True), _check("start", start), _check("stop", stop)
-    if not 0 < ramp <= 1:
+    _check("cycles", 1 if cycles is None else cycles, positive=True), _check("ramp", ramp, positive=True)
+    if ramp > 1:
         raise ValueError(f"ramp: received {ramp!r}, expected a share in (0, 1]")
     if shape not in RAMPS:
         raise ValueError(f"shape: received {shape!r}, expected one of {sorted(RAMPS)}")

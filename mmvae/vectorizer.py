@@ -4,6 +4,7 @@ A document is split into words as the options say; those of the vocabulary, whic
 Shapes: ``B`` documents, ``V`` words of the vocabulary.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class TopicVAEVectorizer(FeatureExtractionMixin):
         When called with a document or a list of them: a ``BatchFeature`` with ``word_counts``, (B, V) float32.
 
     Raises:
-        ValueError: for a vocabulary of fewer than two words or with a word twice, or an unknown option.
+        ValueError: for a vocabulary of fewer than two words or with a word twice, an unknown option, or one that cannot be.
         TypeError: for a document that is no text.
 
     Example:
@@ -51,6 +52,13 @@ class TopicVAEVectorizer(FeatureExtractionMixin):
         self.vocabulary, self.options = list(vocabulary), dict(options or {})
         for name in self.options.keys() - set(_OPTIONS):
             raise ValueError(f"options: unknown option {name!r} = {self.options[name]!r}; the nearest one is {nearest(name, _OPTIONS)!r}")
+        ngrams, pattern = self.options.get("ngram_range", (1, 1)), self.options.get("token_pattern", "")
+        if not isinstance(ngrams, Sequence) or len(ngrams) != 2 or not all(isinstance(n, int) for n in ngrams):
+            raise ValueError(f"options: ngram_range: received {ngrams!r}, expected two whole numbers, such as [1, 2]")
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"options: token_pattern: received {pattern!r}, expected a regular expression ({error})") from None
         if len(set(self.vocabulary)) < max(2, len(self.vocabulary)):
             received = f"{len(self.vocabulary)} words, {len(set(self.vocabulary))} of them different"
             raise ValueError(f"vocabulary: received {received}, expected at least 2, and each once")

@@ -81,6 +81,8 @@ def test_a_longer_run_whose_shares_are_more_steps_is_another_run(tmp_path):
         ([{"steps": 0.6}, {"steps": 0.6}, {}], "phases: received steps that are 1.2 of the run, expected less than 1"),
         ([{"kl_schedule": "steep"}], "phases[0].kl_schedule: received 'steep', expected one of"),
         ([{"kl_options": {"step": 5}}], "phases[0].kl_options: received {'step': 5}, expected parameters of linear"),
+        ([{"kl_options": {"steps": "1e2"}}], "phases[0].kl_options: steps: received '1e2', expected a finite number above 0"),
+        ([{"objective_options": {"free_bits": {"unit": 0.1, "row": "1e0"}}}], "phases[0].objective_options: free_bits: received {'unit"),
         ([{"objective_options": {"bits": 5}}], "phases[0].objective_options: received {'bits': 5}"),
         ([{"num_samples": 0}], "phases[0].num_samples: received 0, expected at least 1"),
         ([{"trained": "encoder"}], "phases[0].trained: received 'encoder', expected one of ('inference', 'generation', 'all')"),

@@ -47,6 +47,9 @@ def test_a_folder_holds_it_as_json_and_auto_processor_reads_it(tmp_path):
         (TEXTS, {"max_df": "many"}, "The 'max_df' parameter"),
         (TEXTS, {"stopwords": "english"}, "unknown option 'stopwords' = 'english'; the nearest one is 'stop_words'"),
         (TEXTS, {"tokenizer": str.split}, "unknown option 'tokenizer'"),
+        (TEXTS, {"ngram_range": 2}, "options: ngram_range: received 2, expected two whole numbers, such as [1, 2]"),
+        (TEXTS, {"ngram_range": ["1", "2"]}, "options: ngram_range: received ['1', '2'], expected two whole numbers"),
+        (TEXTS, {"token_pattern": "(a"}, "options: token_pattern: received '(a', expected a regular expression (missing )"),
     ],
 )
 def test_vocabularies_that_cannot_be_are_named(texts, options, message):

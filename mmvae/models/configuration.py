@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from mmvae.aggregation import AGGREGATIONS, Posterior
 from mmvae.folder import read_json
 from mmvae.models.inherited import check_inherited, nearest, refuse_from_files
-from mmvae.objectives import OBJECTIVES
+from mmvae.objectives import OBJECTIVES, check_options
 from mmvae.priors import PRIORS
 
 _MOST_MODALITIES = 64
@@ -240,6 +240,7 @@ class MMVAEConfig(VAEConfig):
                     raise ValueError(f"MMVAEConfig.modalities[{name!r}].{field_}: received {getattr(child, field_)!r}, {expected}")
         bind("MMVAEConfig.aggregation_options", AGGREGATIONS[self.aggregation], self.aggregation_options, ("experts", "visible", "prior"))
         bind("MMVAEConfig.objective_options", OBJECTIVES[self.objective], self.objective_options, ("terms", "beta"))
+        check_options("MMVAEConfig.objective_options", self.objective_options)
         needed = {"mmvm": "moe", "jmvae": "poe", "mvtcae": "poe"}.get(self.objective)
         for option in ("aggregation", "inference_aggregation"):
             value = getattr(self, option)
