@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, SchedulerType
 
 from mmvae.data.rows import ON_BAD_ROW
 from mmvae.hub import check_repo_id
+from mmvae.models.configuration import VAEConfig
 from mmvae.objectives import OBJECTIVES
 from mmvae.phases import build_phases
 from mmvae.schedules import SCHEDULES, in_steps
@@ -73,7 +74,7 @@ class RunArguments:
 
     monitors: ClassVar[tuple[str, ...]] = ("neg_elbo_nats", "reconstruction_nats", "kl_nats", "last")
     refused: ClassVar[Mapping[str, str]] = {}
-    """Options that are off because a recipe cannot serve them, and why; of "on_bad_row" it is "skip" that is."""
+    """Options that keep their default because a recipe cannot serve them, and why; of "on_bad_row" it is "skip" that is refused."""
 
     def __post_init__(self) -> None:
         for name, table in (("kl_schedule", SCHEDULES), ("objective", OBJECTIVES), ("lr_schedule", LR_SCHEDULES)):
@@ -104,8 +105,8 @@ class RunArguments:
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm: received {self.max_grad_norm}, expected above 0, or null (None) to clip nothing")
         for name, why in self.refused.items():
-            if getattr(self, name) is True or getattr(self, name) == "skip":
-                expected = "False" if name != "on_bad_row" else "'error' or 'skip_empty'"
+            if getattr(self, name) == "skip" if name == "on_bad_row" else getattr(self, name) != default[name]:
+                expected = default[name] if name != "on_bad_row" else "'error' or 'skip_empty'"
                 raise ValueError(f"{name}: received {getattr(self, name)!r}, expected {expected}: {why}")
         if self.on_bad_row not in ON_BAD_ROW:
             raise ValueError(f"on_bad_row: received {self.on_bad_row!r}, expected one of {', '.join(ON_BAD_ROW)}")
@@ -141,12 +142,14 @@ class RunArguments:
         ]
         return told
 
-    def suit_prior(self, prior: str, latent_dim: int) -> None:
+    def suit_prior(self, prior: str, latent_dim: int, components: int = VAEConfig.prior_components) -> None:
         """Default free bits per dimension become as many per row where the prior is no normal: a mixture's KL has no dimensions.
 
         Raises:
-            ValueError: for free bits per dimension or unit that were asked for.
+            ValueError: for free bits per dimension or unit that were asked for, and for components of a prior that has none.
         """
+        if components != VAEConfig.prior_components and prior not in ("mixture", "vamp"):
+            raise ValueError(f"prior_components: received {components} with prior {prior!r}, expected a mixture or vamp prior")
         options = self.objective_options
         floor = options.get("free_bits", 0.0)
         floors = floor if isinstance(floor, Mapping) else {options.get("free_bits_per", "dimension"): floor}

@@ -93,7 +93,7 @@ def walks(model: ImageVAE, start: Tensor, units: int = 8, steps: int = 9, **cond
 def main() -> None:
     """Load, train, evaluate, write the model folder."""
     args, image = parse(ImageRun, ImageArguments)
-    args.suit_prior(image.prior, image.latent_dim)
+    args.suit_prior(image.prior, image.latent_dim, image.prior_components)
     image.pose = suited_pose(image.pose, args.dataset)
     accelerator = start(args)
     data = splits(args.dataset, streaming=args.streaming, on_bad_row=args.on_bad_row)

@@ -125,6 +125,7 @@ def build(args: JointRun, joint: JointArguments, data: Mapping[str, Any]) -> tup
 def main() -> None:
     """Load, train, fit densities, evaluate, write the model folder."""
     args, joint = parse(JointRun, JointArguments)
+    args.suit_prior(joint.prior, joint.latent_dim, joint.prior_components)
     accelerator = start(args)
     data = splits(args.dataset, streaming=args.streaming, on_bad_row=args.on_bad_row)
     model, processor, columns = build(args, joint, data)

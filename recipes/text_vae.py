@@ -74,7 +74,7 @@ class TextRun(RunArguments):
 def main() -> None:
     """Load, train, evaluate, write the model folder."""
     args, text = parse(TextRun, TextArguments)
-    args.suit_prior(text.prior, text.latent_dim)
+    args.suit_prior(text.prior, text.latent_dim, text.prior_components)
     accelerator = start(args)
     data = splits(args.dataset, streaming=args.streaming, on_bad_row=args.on_bad_row)
     column = find_column(data["train"], "text", text.text_column)

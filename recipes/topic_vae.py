@@ -63,7 +63,9 @@ class TopicRun(RunArguments):
     kl_schedule: str = "constant"
     kl_options: str = "{}"
 
-    refused: ClassVar[dict[str, str]] = dict.fromkeys(("streaming", "truncate"), "words are counted of all of every training text")
+    refused: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("streaming", "max_length", "truncate"), "words are counted of all of every training text"
+    )
 
 
 def main() -> None:

@@ -413,8 +413,9 @@ def test_rows_that_cannot_tell_their_class_are_named():
         PartlyLabelled(rows.to_iterable_dataset(), column, labels)
     with pytest.raises(BadRow, match="row 1, field 'label'"):
         PartlyLabelled(rows, column, LabelColumn("label", ("x", "z")))
-    with pytest.raises(ValueError, match="label_column: received None with labels_per_class"):
-        partly_labelled({"train": rows}, {"train": column}, LabelArguments(labels_per_class=1))
+    for given in ({"labels_per_class": 1}, {"label_seed": 0}, {"classifier_alpha": 5.0, "least_probability": 0.01}):
+        with pytest.raises(ValueError, match=f"label_column: received None with {', '.join(given)}, expected the column"):
+            partly_labelled({"train": rows}, {"train": column}, LabelArguments(**given))
 
 
 def tokenizer():

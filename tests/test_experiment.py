@@ -137,12 +137,23 @@ def test_free_bits_suit_the_prior(prior):
             FreeBits(objective_options=options).suit_prior(prior, 8)
 
 
+def test_components_are_those_of_a_prior_that_has_some():
+    FreeBits(objective="iwae").suit_prior("vamp", 8, 7)
+    with pytest.raises(ValueError, match="prior_components: received 7 with prior 'learned_normal', expected a mixture or vamp prior"):
+        FreeBits().suit_prior("learned_normal", 8, 7)
+
+
 @pytest.mark.parametrize("given", [{"streaming": True}, {"on_bad_row": "skip"}, {"push_to_hub": True}])
 def test_what_a_recipe_cannot_serve_is_refused_by_name(given):
     StudyRun()
     ((name, value),) = given.items()
     with pytest.raises(ValueError, match=rf"{name}: received {value!r}, expected ('error' or 'skip_empty'|False): a study"):
         StudyRun(**given)
+
+
+def test_topics_have_no_longest_text():
+    with pytest.raises(ValueError, match="max_length: received 9, expected 512: words are counted of all"):
+        recipe("topic_vae").TopicRun(max_length=9)
 
 
 @pytest.mark.parametrize(("dataset", "pose"), [("sprites:5", "rotation+shift"), ("sprites", "rotation+shift"), ("sprites_of_mine", "none")])

@@ -229,6 +229,7 @@ def test_trackers_get_figures_pictures_and_sentences(finished):
             ["--likelihood", "bernoulli"],
             "binarize: received 'none' with likelihood 'bernoulli' and a pixel of .*choose binarize",
         ),
+        ("text_vae", ["--prior_components", "7"], "prior_components: received 7 with prior 'standard_normal', expected a mixture or vamp"),
         ("text_vae", ["--compile"], "compile: received True, expected False: a GRU"),
         ("text_vae", ["--prior", "vamp", "--objective_options", '{"free_bits": 1}'], "with prior 'vamp', expected free_bits_per 'row' or"),
     ],

@@ -6,7 +6,7 @@ told are spread to other rows.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import datasets
@@ -125,8 +125,9 @@ def partly_labelled(
         ValueError: as for `PartlyLabelled`, and for options that mean nothing without a column of labels.
     """
     if args.label_column is None:
-        if args.labels_per_class is not None or args.label_repeats != 1:
-            raise ValueError("label_column: received None with labels_per_class or label_repeats, expected the column of the classes")
+        meant = [f.name for f in fields(LabelArguments) if getattr(args, f.name) != f.default]
+        if meant:
+            raise ValueError(f"label_column: received None with {', '.join(meant)}, expected the column of the classes")
         return {split: Rows(part, columns[split], name=name, **reading) for split, part in data.items()}, {}
     column = find_column(data["train"], "label", args.label_column)
     labels = LabelColumn(column, find_classes(data["train"], column), missing=True)
