@@ -163,7 +163,6 @@ class FlowDensity(Density):
         learning_rate: float = 1e-2,
         context_noise: float = 0.0,
     ) -> dict[str, float]:
-        check_integer("steps", steps, 1), check_integer("batch_size", batch_size, 1)
         self._initialise(seed)
         generator = torch.Generator().manual_seed(seed)
         parameters = [weight for weight in self.transform.buffers() if weight.is_floating_point()]

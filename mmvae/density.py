@@ -152,7 +152,7 @@ class Density(nn.Module):
             FloatingPointError: when the fit itself does not stay finite; the density is then not fitted.
         """
         start = time.perf_counter()
-        self._check_training(training)
+        self.check_training(training)
         self._check_rows(x, context)
         rows = x.shape[-2]
         held_rows = min(max(2, round(_HELD_OUT[0] * rows)), _HELD_OUT[1])
@@ -236,11 +236,17 @@ class Density(nn.Module):
         if context is not None and context.shape[-1:] != (self.context_dim,):
             raise ValueError(f"context: received shape {tuple(context.shape)}, expected (*, {self.context_dim})")
 
-    def _check_training(self, training: Mapping[str, Any]) -> None:
-        known = sorted(inspect.signature(self._fit).parameters.keys() - {"train", "held", "seed"})
-        for name in training.keys() - set(known):
-            nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            raise TypeError(f"{type(self).__name__}.fit: unknown option {name!r} = {training[name]!r}; the nearest one is {nearest!r}")
+    def check_training(self, training: Mapping[str, Any]) -> None:
+        """Refuse training options that :meth:`fit` does not take, or values of another kind; raises what it raises for them."""
+        known = {n: p.default for n, p in inspect.signature(self._fit).parameters.items() if n not in ("train", "held", "seed")}
+        for name, value in training.items():
+            if name not in known:
+                nearest = difflib.get_close_matches(name, sorted(known), 1, 0.0)[0]
+                raise TypeError(f"{type(self).__name__}.fit: unknown option {name!r} = {value!r}; the nearest one is {nearest!r}")
+            if isinstance(known[name], int):
+                check_integer(name, value, 1)
+            elif not isinstance(value, int | float):
+                raise ValueError(f"{name}: received {value!r}, expected a number")
 
     def _check_rows(self, x: Tensor, context: Tensor | None) -> None:
         self._check(x, context)

@@ -67,7 +67,14 @@ def fit_densities(
 
 def unfitted(model: VAE, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Density]:
     """The densities that :func:`fit_densities` will fit: what is wrong with the options is told here, before any work."""
-    return {name: build_density(*model.density_dims(name), _kind(kind)) for name, kind in options.items()}
+    made = {}
+    for name, kind in options.items():
+        training = kind.get("training", {}) if isinstance(kind, Mapping) else None
+        if not isinstance(training, Mapping):
+            raise ValueError(f"densities: {name}: received {kind!r}, expected a mapping of options, as its training is")
+        made[name] = build_density(*model.density_dims(name), _kind(kind))
+        made[name].check_training(training)
+    return made
 
 
 def latents_from(model: VAE) -> str:

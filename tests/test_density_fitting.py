@@ -72,6 +72,16 @@ def test_refusals_come_before_any_work():
         fit_densities(model, iter(()), {"private_image": {"kind": "flow"}})
     with pytest.raises(ValueError, match="nearest one is 'mixture'"):
         unfitted(model, {"shared": {"kind": "mixtures"}})
+    for training, message in (
+        ({"step": 3}, "unknown option 'step' = 3; the nearest one is 'steps'"),
+        ({"steps": 1e3}, "steps: received 1000.0, expected an integer of at least 1"),
+        ({"learning_rate": "1e-2"}, "learning_rate: received '1e-2', expected a number"),
+        (3, "densities: shared: received .*3}, expected a mapping"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            unfitted(model, {"shared": {"kind": "flow", "training": training}})
+    with pytest.raises(ValueError, match="densities: shared: received 'flow', expected a mapping"):
+        unfitted(model, {"shared": "flow"})
     assert not model.config.densities
 
 
