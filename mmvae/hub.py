@@ -4,6 +4,7 @@ write_metrics(folder, metrics, ...)  ->  metrics.json  ->  write_card(folder, ..
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,13 @@ from mmvae.record import public, replace_text, write_metrics
 
 __all__ = ["check_repo_id", "model_card", "push", "write_card", "write_metrics"]
 
-_PUBLISHED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".md")
+# Names of a model, of its processor or tokenizer, and of what tells of it. Whatever else lies there stays at home.
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_FIGURE = re.compile(r"figures/[^/]+\.png")
+_PUBLISHED = re.compile(
+    r"README\.md|chat_template\.jinja|(added_tokens|config|generation_config|manifest|metrics|preprocessor_config|processor_config"
+    r"|special_tokens_map|tokenizer|tokenizer_config|vocab)\.json|(merges|vocab)\.txt|\w[\w.-]*\.model|" + _WEIGHTS.pattern
+)
 _PIPELINE_TAGS = {"image_vae": "unconditional-image-generation", "text_vae": "text-generation"}
 # Of models with a head: the class that reads their folder, and their pipeline, by the end of their class's name.
 _HEADS = {
@@ -255,10 +262,8 @@ def _published(folder: Path) -> dict[str, Path]:
     missing = [name for name, found in (("config.json", (folder / "config.json").is_file()), (weights, any(present))) if not found]
     if missing:
         raise FileNotFoundError(f"{folder}: no {' and no '.join(missing)}, expected a model folder as save_pretrained writes it")
-    files = [path for path in folder.iterdir() if path.is_file() and path.suffix in _PUBLISHED and not path.name.startswith(".")]
-    files = [path for path in files if path.name != "bad_rows.txt"]  # paths and texts of this machine
+    files = [path for part in (folder, *_parts(folder)) for path in part.iterdir() if path.is_file() and _PUBLISHED.fullmatch(path.name)]
     files += (folder / "figures").glob("*.png")
-    files += [path for part in _parts(folder) for path in part.iterdir() if path.suffix in _PUBLISHED]
     return {path.relative_to(folder).as_posix(): path for path in sorted(files)}
 
 
@@ -272,7 +277,8 @@ def _parts(folder: Path) -> list[Path]:
 def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None, revision: str | None = None) -> str:
     """Publish a model folder in one commit: the repository shows the old state or the new one, never a mixture.
 
-    Checkpoints, logs and drafts stay at home. Weights and figures of an earlier push that the folder no longer has are deleted.
+    Only the files of a model folder are published: model, processor, tokenizer, ``metrics.json``, ``README.md`` and ``figures/*.png``.
+    Weights in the repository's root and ``figures/*.png`` that the folder no longer has are deleted there; nothing else is.
 
     Arguments:
         folder: model folder with ``config.json`` and ``model.safetensors``.
@@ -298,7 +304,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     there = api.list_repo_files(repo_id, revision=revision)
-    stale = [name for name in there if name.endswith((".safetensors", ".safetensors.index.json", ".png")) and name not in files]
+    stale = [name for name in there if (_WEIGHTS.fullmatch(name) or _FIGURE.fullmatch(name)) and name not in files]
     # Not upload_folder: it splits what it uploads into several commits where it sees fit.
     operations = [CommitOperationAdd(name, path) for name, path in files.items()] + [CommitOperationDelete(name) for name in stale]
     message = f"Upload {_json(Path(folder), 'config.json').get('model_type', 'model')} with mmvae"

@@ -35,6 +35,7 @@ def failure(call):
 
 def scenario(hub, folder):
     import torch
+    from huggingface_hub import CommitOperationAdd, HfApi
     from transformers import AutoTokenizer, BertModel
 
     from mmvae.hub import push
@@ -62,6 +63,8 @@ def scenario(hub, folder):
     seen["old_revision_whole"] = all(
         torch.equal(a, b) for a, b in zip(again.state_dict().values(), theirs.state_dict().values(), strict=True)
     )
+    more = ("assets/banner.png", "unet/x.safetensors", "model-00001-of-00002.safetensors")
+    HfApi().create_commit("alice/tiny", [CommitOperationAdd(name, b"more") for name in more], commit_message="More")
     push(folder, "alice/tiny", private=True)
     seen["second"] = state(hub, "alice/tiny")
     push(folder, "alice/tiny", revision="trial")

@@ -34,6 +34,10 @@ def folder(tmp_path_factory) -> Path:
         "checkpoints/step-1/model.safetensors",
         "history.jsonl",
         "bad_rows.txt",
+        "notes.txt",
+        "credentials.json",
+        "draft.md",
+        "lora.safetensors",
         ".metrics.json.tmp",
         "logs/events.json",
         "optimizer.bin",
@@ -222,9 +226,11 @@ def test_interrupted_push_leaves_the_old_revision(seen):
 
 
 def test_next_push_completes_and_tidies(seen):
-    assert seen["second"]["commits"] == 3
+    assert seen["second"]["commits"] == 4  # a person's is the third
     assert "figures/renamed.png" in seen["second"]["files"]
     assert "figures/samples.png" not in seen["second"]["files"]
+    assert {"assets/banner.png", "unet/x.safetensors"} <= set(seen["second"]["files"])  # which are somebody else's
+    assert "model-00001-of-00002.safetensors" not in seen["second"]["files"]
     assert seen["branches"] == ["main", "trial"]
 
 
