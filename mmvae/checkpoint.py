@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,13 @@ def save(
     keep: int = 2,
     best: int | None = None,
     info: Mapping[str, Any] | None = None,
+    damaged: Collection[Path] = (),
 ) -> Path:
     """Write one checkpoint atomically, then delete the old ones that nothing protects.
 
     Protected are: the one just written, those of step ``best``, and the newest ``max(keep, 2)`` complete ones. Folders
-    that are incomplete, or damaged and of no lower step, are neither counted nor touched, except ``.tmp-`` folders of
-    processes that are gone, which are removed.
+    that are incomplete or ``damaged`` are neither counted nor touched, except ``.tmp-`` folders of processes that are
+    gone, which are removed.
 
     Arguments:
         root: folder that holds the checkpoints; made when it is missing.
@@ -72,6 +73,7 @@ def save(
         keep: complete checkpoints to keep besides the best, >= 1 (the last two are kept in any case).
         best: step of the best checkpoint so far.
         info: JSON values that describe the run (configuration, fingerprint of the data, ...); see :func:`compare`.
+        damaged: folders known to be, as those that :func:`newest` passed over.
 
     Returns:
         The folder written, ``root/step-<step>``.
@@ -109,7 +111,7 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _rotate(root, target, keep, best)
+    _rotate(root, target, keep, best, damaged)
     return target
 
 
@@ -165,8 +167,8 @@ def _free_name(root: Path, step: int) -> Path:
     return path
 
 
-def _rotate(root: Path, written: Path, keep: int, best: int | None) -> None:
-    complete = [folder for folder in _folders(root) if folder != written and _counts(folder, _number(written)[0])]
+def _rotate(root: Path, written: Path, keep: int, best: int | None, damaged: Collection[Path]) -> None:
+    complete = [folder for folder in _folders(root) if folder not in (written, *damaged) and _looks_complete(folder)]
     for folder in complete[max(keep, 2) - 1 :]:
         if _number(folder)[0] != best:
             # renamed first: a crash inside the deletion must not leave half a checkpoint under a good name
@@ -275,20 +277,6 @@ def _folders(root: Path) -> list[Path]:
 def _number(folder: Path) -> tuple[int, int] | None:
     match = _FOLDER.fullmatch(folder.name)
     return (int(match[1]), int(match[2] or 0)) if match else None
-
-
-def _counts(folder: Path, step: int) -> bool:
-    """Whether a checkpoint counts as complete beside one of ``step``.
-
-    There is none of that step or later but where a run has begun again before it: after a damaged one, which must not push out good ones.
-    """
-    if _number(folder)[0] < step:
-        return _looks_complete(folder)
-    try:
-        verify(folder)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _looks_complete(folder: Path) -> bool:

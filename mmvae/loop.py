@@ -81,6 +81,7 @@ class Run:
     pending: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)  # values of the last steps, still on the device; rows
     saved: tuple[int, int] = (0, 0)  # (step, step of the last evaluation) of the last checkpoint
     last: Path | None = None
+    damaged: list[Path] = field(default_factory=list)  # checkpoints that were passed over
     seconds: float = 0.0
     lap: tuple[float, int, int] = (0.0, 0, 0)  # time, steps, rows since when rates are counted
 
@@ -263,7 +264,8 @@ class Run:
         self.saved = (at.step, at.evaluated)
         if self.accelerator.is_main_process:
             state |= {"progress": asdict(at), "clock": {"seconds": self.elapsed()}}
-            self.last = checkpoint.save(self.folder, at.step, state, keep=self.keep, best=at.best_step, info=self.info)
+            options = {"keep": self.keep, "best": at.best_step, "info": self.info, "damaged": self.damaged}
+            self.last = checkpoint.save(self.folder, at.step, state, **options)
         self.lap = (time.monotonic(), 0, 0)
 
     def restore(self, resume: str | Path, allowed: set[str]) -> None:
@@ -297,6 +299,7 @@ class Run:
             return Path(resume)
         if resume == "never" and (source or passed_over):
             raise CheckpointError(f"{self.folder}: holds checkpoints, and resume='never': expected an empty folder, or resume='auto'")
+        self.damaged = [path for path, _ in passed_over]
         for path, reason in passed_over:
             self.say(f"passed over {path.name}: {reason}")
         step = torch.tensor([-1 if source is None else int(source.name[5:13])], device=self.accelerator.device)

@@ -214,10 +214,13 @@ def test_a_damaged_later_checkpoint_pushes_out_no_good_one(tmp_path):
     for step in (200, 300):
         checkpoint.save(tmp_path, step, small_state())
     damage(tmp_path / "step-00000300" / "model.safetensors", "flip")
-    for step in (250, 260, 300):
-        checkpoint.save(tmp_path, step, small_state())
-    good = [path.name for path in tmp_path.iterdir() if path.name != "step-00000300" and checkpoint.verify(path)]
-    assert sorted(good) == ["step-00000260", "step-00000300.1"]
+    source, passed_over = checkpoint.newest(tmp_path)
+    assert source.name == "step-00000200"
+    for step in (250, 260, 300, 400):
+        checkpoint.save(tmp_path, step, small_state(), damaged=[path for path, _ in passed_over])
+        good = [path.name for path in tmp_path.iterdir() if path.name != "step-00000300" and checkpoint.verify(path)]
+        assert len(good) == 2
+    assert sorted(good) == ["step-00000300.1", "step-00000400"]
 
 
 def test_remains_of_dead_processes_are_removed_and_of_living_ones_kept(tmp_path):
