@@ -89,7 +89,7 @@ def capacity(terms: Terms, beta: float = 1.0, nats: float = 8.0, strength: float
 
 def _log_w(terms: Terms, beta: float, detach_q: bool, looser: bool) -> Tensor:
     """log w, (S, K, B) nats, times the components' weights unless their mean is taken outside the logarithm."""
-    if looser and terms.components is not None and len(terms.z) > 1:
+    if looser and terms.components is not None and len(terms.components.batch_shape) > 2 and len(terms.z) > 1:
         raise ValueError(f"looser: received True with one component drawn for each of {len(terms.z)} samples, expected all (draw: 'all')")
     value = terms.likelihood() + beta * terms.log_ratio(detach_q)
     return value if looser else value + terms.weights()

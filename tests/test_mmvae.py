@@ -326,7 +326,7 @@ def test_tied_words_stay_tied(tmp_path):
         ({"modalities": {"keys": ImageVAEConfig(**IMAGE)}}, "modalities: received the name 'keys'"),
         ({"inference_aggregation": "mixture"}, "inference_aggregation: received .*parameters of mixture"),
         ({"objective": "jmvae"}, "aggregation: received 'mopoe' with objective 'jmvae', expected 'poe'"),
-        ({"objective": "mvae", "modality_dropout": {"text": 0.5}}, "modality_dropout: received .* with objective 'mvae', which scores"),
+        ({"objective": "mvae", "sources": {"text": "text"}}, "sources: received .* with objective 'mvae', which scores nothing"),
         (
             {"objective": "mmvm", "aggregation": "moe", "inference_aggregation": "poe"},
             "inference_aggregation: received 'poe' with objective",

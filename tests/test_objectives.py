@@ -233,7 +233,8 @@ def test_a_mixture_of_equal_components_is_one_component():
 @pytest.mark.parametrize("objective", [iwae, dreg])
 def test_looser_takes_all_components_where_there_are_several_samples(objective):
     t = terms(components=1)
-    drawn = replace(t, components=t.q.mixture.components, log_weights=torch.zeros(1, t.z.shape[2], dtype=t.z.dtype))
+    components = t.q.mixture.components
+    drawn = replace(t, components=components.expand((len(t.z), *components.batch_shape)))
     with pytest.raises(ValueError, match="looser: received True with one component drawn for each of"):
         objective(drawn, looser=True)
     objective(drawn)

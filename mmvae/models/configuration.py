@@ -172,7 +172,7 @@ class MMVAEConfig(VAEConfig):
         objective_options: its arguments.
         likelihood_weights: weight of a modality's log-likelihood in the objective, by name; 1 where not named. Figures know no weights.
         modality_dropout: share of the training rows in which the encoders do not see a modality that is there and scored all the same, by
-            name: so one modality learns to give what another one has. Never all of a row.
+            name: so one modality learns to give what another one has. Never all of a row. (mvae and mmvm do not score what is hidden.)
         sources: of text modalities, the name of another one to whose encoder's states their decoder attends, p(x_m|z, x_source), in rows
             that show the source and not the modality itself: where it is made of others, or scored given others. Where everything is seen,
             as in figures of x, nothing is attended to, and p(x|z) is that of the latent.
@@ -246,6 +246,9 @@ class MMVAEConfig(VAEConfig):
             value = getattr(self, option)
             if needed and value not in (needed, None):
                 raise ValueError(f"MMVAEConfig.{option}: received {value!r} with objective {self.objective!r}, expected {needed!r}")
+        if self.sources and self.objective in ("mvae", "mmvm"):
+            expected = f"expected none with objective {self.objective!r}, which scores nothing that is hidden from the encoders"
+            raise ValueError(f"MMVAEConfig.sources: received {self.sources!r}, {expected}")
         for name, source in self.sources.items():
             if name == source or not {name, source} <= self.modalities.keys() or not self.modalities[source].states_size:
                 raise ValueError(f"MMVAEConfig.sources: received {source!r} for {name!r}, expected another modality that is a text")
@@ -253,10 +256,6 @@ class MMVAEConfig(VAEConfig):
             if size != expected:
                 what = f"MMVAEConfig.modalities[{name!r}].source_size: received {size}"
                 raise ValueError(f"{what}, expected {expected}, the size of the states of its source {source!r}")
-        for option in ("sources", "modality_dropout") if self.objective in ("mvae", "mmvm") else ():
-            if any(getattr(self, option).values()):
-                expected = f"expected none with objective {self.objective!r}, which scores what its encoders see alone"
-                raise ValueError(f"MMVAEConfig.{option}: received {getattr(self, option)!r}, {expected}")
         inferring = self.aggregate(training=False)
         bind("MMVAEConfig.inference_aggregation", inferring.func, inferring.keywords, ("experts", "visible", "prior"))
         for option, most in (("likelihood_weights", 1e30), ("modality_dropout", 1)):
