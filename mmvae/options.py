@@ -121,11 +121,9 @@ class RunArguments:
         """Refuse what `transformers.get_scheduler` would leave out without a word."""
         if self.lr_schedule in ("constant", "constant_with_warmup") and self.lr_options:
             raise ValueError(f"lr_options: received {self.lr_options} with lr_schedule {self.lr_schedule!r}, which has none, expected {{}}")
-        if self.lr_schedule == "constant":
-            if self.warmup_steps not in (0, default_warmup):
-                expected = "expected 0, or lr_schedule 'constant_with_warmup'"
-                raise ValueError(f"warmup_steps: received {self.warmup_steps} with lr_schedule 'constant', {expected}")
-            self.warmup_steps = 0
+        if self.lr_schedule == "constant" and self.warmup_steps not in (0, default_warmup):
+            expected = "expected 0, or lr_schedule 'constant_with_warmup'"
+            raise ValueError(f"warmup_steps: received {self.warmup_steps} with lr_schedule 'constant', {expected}")
 
     @property
     def rows(self) -> dict[str, Any]:

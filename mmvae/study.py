@@ -157,7 +157,10 @@ def train_once(
     Returns:
         What :func:`mmvae.training.fit` does.
     """
-    plain = {f.name: getattr(args, f.name) for f in fields(RunArguments)} | options  # a study with more draws is no other run
+    plain = {f.name: getattr(args, f.name) for f in fields(RunArguments)}  # a study with more draws is no other run
+    if options.get("lr_schedule", args.lr_schedule) != args.lr_schedule:  # what the study's own takes says nothing of another
+        plain |= {"lr_options": {}} | ({"warmup_steps": 0} if options["lr_schedule"] == "constant" else {})
+    plain |= options
     args = RunArguments(**plain | {"output_dir": str(folder), "monitor": "last", "eval_every": plain["max_steps"]})
     loaders = make_loaders(accelerator, args, {"train": rows})
     result = train(accelerator, args, model, loaders | {"validation": None}, transform=transform, measure=lambda *_, **__: {})
