@@ -24,6 +24,7 @@ from mmvae.data import BadRow, ImageColumn, Loader, Rows
 from mmvae.density_fitting import fit_densities
 from mmvae.evaluation import Transform, evaluate_elbo, evaluate_vae, model_inputs
 from mmvae.hub import push, write_card, write_metrics
+from mmvae.nn import running_statistics
 from mmvae.noise import fold
 from mmvae.optimization import EMA, micro_batches, unwrap, update
 from mmvae.options import RunArguments, parse
@@ -134,8 +135,9 @@ def try_phases(model: PreTrainedModel, args: RunArguments, batch: Mapping[str, T
     """
     keys = fold(args.seed, batch["row"])
     batch = transform(dict(batch), keys) if transform else batch
-    for phase in build_phases(vars(args), args.phases)[1:]:
-        model.eval()(**model_inputs(model, batch), num_samples=phase.num_samples, objective=phase.objective, noise_key=keys)
+    with torch.no_grad(), torch.random.fork_rng(), running_statistics(model.train()):  # in training the aggregation may be another one
+        for phase in build_phases(vars(args), args.phases)[1:]:
+            model(**model_inputs(model, batch), num_samples=phase.num_samples, objective=phase.objective, noise_key=keys)
 
 
 def vae_step(
