@@ -52,7 +52,7 @@ def refuse_grey(config: VAEConfig, loaders: Mapping[str, Any]) -> None:
     """A Bernoulli gives probabilities to pixels of 0 and 1 only: what it gives to grey ones is no likelihood.
 
     Arguments:
-        config: of a VAE of pictures, or of one that has such children.
+        config: of a VAE of pictures, or of one that has such children, whose inputs bear their names where they must.
         loaders: by split; of each the first batch is looked at.
 
     Raises:
@@ -62,12 +62,13 @@ def refuse_grey(config: VAEConfig, loaders: Mapping[str, Any]) -> None:
         if getattr(child, "likelihood", None) != "bernoulli" or child.binarize != "none":
             continue
         for split, loader in loaders.items():
-            pixels = next(loader.batches(0))[input_name(name, "pixel_values")]
+            batch = next(loader.batches(0))
+            pixels = batch[own if (own := input_name(name, "pixel_values")) in batch else "pixel_values"]
             grey = pixels[(pixels != 0) & (pixels != 255)]
             if len(grey):
                 raise ValueError(
                     f"{input_name(name, 'binarize')}: received 'none' with likelihood 'bernoulli' and a pixel of {grey[0].item()} in split "
-                    f"{split!r}, expected 0 and 255 only: choose binarize 'dynamic' or 'threshold', or another likelihood"
+                    f"{split!r}, expected 0 and 255 only: choose another likelihood, or binarize 'dynamic' where the recipe takes it"
                 )
 
 

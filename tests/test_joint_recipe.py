@@ -53,7 +53,7 @@ def test_a_finished_folder_is_complete_and_loads(finished):
     for name in ("neg_elbo_nats", "nll_nats", "reconstruction_nats_en", "reconstruction_nats_de"):
         assert figures[name] > 0
         assert name.replace("_", "\\_") in card
-    assert "En to de" in card and "From the prior" in card
+    assert "En to de" in card and "From the density" in card
     model, processor = AutoModel.from_pretrained(finished), AutoProcessor.from_pretrained(finished)
     assert (type(model), type(processor)) == (MMVAE, MMVAEProcessor)
     assert model.modalities == processor.modalities == ("en", "de")
