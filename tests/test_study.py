@@ -59,7 +59,8 @@ def figures_of(folder) -> dict[str, float]:
 
 
 def augment(folder, *options) -> dict[str, float]:
-    command = [*TINY, "--generated", "4", "--generator_run", '{"max_steps": 2, "lr_schedule": "constant"}', *options, f"--output_dir={folder}"]
+    generator = ["--generator_run", '{"max_steps": 2, "lr_schedule": "constant"}']
+    command = [*TINY, "--generated", "4", *generator, *options, f"--output_dir={folder}"]
     assert run("augmentation", command)["exit"] == 0
     return figures_of(folder)
 
