@@ -116,7 +116,6 @@ def test_default_options_of_one_function_are_not_handed_to_another():
     assert FreeBits(kl_schedule="cyclical", kl_options='{"period": 9}').kl_options == {"period": 9}
     assert FreeBits(objective="iwae").objective_options == FreeBits(objective="dreg").objective_options == {}
     assert FreeBits().objective_options == {"free_bits": 0.25}
-    assert (FreeBits().warmup_steps, FreeBits(lr_schedule="constant").warmup_steps) == (100, 0)
 
 
 @pytest.mark.parametrize("prior", ["mixture", "vamp"])
