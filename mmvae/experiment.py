@@ -29,13 +29,14 @@ from mmvae.noise import fold
 from mmvae.optimization import EMA, micro_batches, unwrap, update
 from mmvae.options import RunArguments, parse
 from mmvae.phases import begin, build_phases, check_objectives, check_reach, check_resets, part_of, phase_at
+from mmvae.processes import keep_memory
 from mmvae.processing import ImageVAEImageProcessor, load_tokenizer, train_tokenizer
 from mmvae.record import public, without_place
 from mmvae.training import Result, fit, load_weights
 
 __all__ = [
-    "RunArguments", "finish", "image_processor", "make_loaders", "make_tokenizer", "parse", "precision", "start", "track", "train",
-    "vae_step",
+    "RunArguments", "build_accelerator", "finish", "image_processor", "make_loaders", "make_tokenizer", "parse", "precision", "start",
+    "track", "train", "vae_step",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,17 @@ def precision(wanted: str) -> str:
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "no"
 
 
+def build_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
+    """An accelerator at the precision that :func:`precision` gives. On a CPU the process keeps the memory that it frees."""
+    accelerator = Accelerator(mixed_precision=precision(mixed_precision), **options)
+    if accelerator.device.type == "cpu":
+        keep_memory()
+    return accelerator
+
+
 def start(args: RunArguments) -> Accelerator:
     """The accelerator of a run, with its tracker."""
-    accelerator = Accelerator(mixed_precision=precision(args.mixed_precision), log_with=args.tracker, project_dir=args.output_dir)
+    accelerator = build_accelerator(args.mixed_precision, log_with=args.tracker, project_dir=args.output_dir)
     logging.basicConfig(format="%(message)s")  # others at WARNING: at INFO the Hub's client logs addresses, signatures included
     logging.getLogger("mmvae").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if args.tracker:

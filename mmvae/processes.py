@@ -1,6 +1,7 @@
-"""The processes around a run: the signals that it gets, the launcher that it may lose, and the other run that wants its folder."""
+"""The process of a run and those around it: its memory, its signals, a launcher that it may lose, another run that wants its folder."""
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import signal
@@ -13,6 +14,31 @@ from types import FrameType
 from typing import Any
 
 _LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun and accelerate tell their processes so
+
+
+_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # of mallopt(3)
+
+
+def keep_memory(keep: bool = True) -> bool:
+    """Keep what this process frees for what it allocates next, instead of handing it back to the system.
+
+    The features of a training step on a CPU are tens of megabytes; glibc returns blocks of that size, and the system clears their pages
+    anew at every step. The recipes call this when they run on a CPU; a library should not decide it for its users.
+
+    Arguments:
+        keep: False to hand back what is free now, and for the limits that glibc by itself comes to with such blocks.
+
+    Returns:
+        Whether there was a ``mallopt`` to tell: glibc has it, other C libraries do not.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return False
+    values = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1} if keep else {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}
+    told = [libc.mallopt(parameter, value) for parameter, value in values.items()]
+    if not keep:
+        libc.malloc_trim(0)
+    return all(told)
 
 
 class Signals:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from mmvae import MMVAE, ImageVAE, ImageVAEConfig, MMVAEConfig, TextVAE, TextVAEConfig
 from mmvae.data import ImageColumn, Loader, Rows, TextColumn, find_column, load_rows
 from mmvae.nn import ConvDecoder
+from mmvae.processes import keep_memory
 from mmvae.processing import train_tokenizer
 
 
@@ -41,7 +42,7 @@ class BenchmarkArguments:
         default=False, metadata={"help": "train and score under bfloat16 autocast, where the hardware has it; not the references"}
     )
     profile: bool = field(default=False, metadata={"help": "show where the time of ours goes"})
-    batch_size: int = field(default=128, metadata={"help": "of image training"})
+    batch_size: int = field(default=128, metadata={"help": "of image training; of every rank"})
     num_samples: int = field(default=1000, metadata={"help": "importance samples of a picture"})
     num_sentences: int = field(default=1000, metadata={"help": "written at once"})
     num_pictures: int = field(default=10_000, metadata={"help": "in the file that is loaded"})
@@ -156,7 +157,7 @@ def decoder(size: int, channels: int, args: BenchmarkArguments) -> Work:
 
 
 def joint_training(size: int, args: BenchmarkArguments) -> Work:
-    """A step of MoPoE, over captioned pictures for two modalities, else over coloured pictures: ours draws one subset for every row."""
+    """A step of MoPoE, over captioned pictures for two modalities, else over coloured pictures: ours draws a subset for every row first."""
     if size == 2:
         configs = {"image": ImageVAEConfig(latent_dim=16), "text": TextVAEConfig(vocab_size=1000, latent_dim=16)}
     else:
@@ -167,7 +168,8 @@ def joint_training(size: int, args: BenchmarkArguments) -> Work:
             inputs[name] = {"pixel_values": torch.rand(rows, 3, config.image_size, config.image_size)}
         else:
             inputs[name] = {"input_ids": torch.randint(4, 1000, (rows, 12)), "attention_mask": torch.ones(rows, 12, dtype=torch.int64)}
-    build = partial(MMVAE, MMVAEConfig(modalities=configs, latent_dim=16, aggregation="mopoe", draw="one"))
+    drawn = {"aggregation": "poe", "inference_aggregation": "mopoe", "modality_dropout": dict.fromkeys(configs, 0.5)}
+    build = partial(MMVAE, MMVAEConfig(modalities=configs, latent_dim=16, **drawn))
     model, plain = build().train(), build().train()
     optimizer, unfused = optimizers(model, plain)
     own = {f"{name}_{child}": value for name, values in inputs.items() for child, value in values.items()}
@@ -185,12 +187,12 @@ def joint_training(size: int, args: BenchmarkArguments) -> Work:
 
 def train_rank(rank: int, world: int, pipe: Any, args: BenchmarkArguments, meeting: str) -> None:
     """A rank of one thread: a training step of 28x28 pictures for every message."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1), keep_memory()
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     config = ImageVAEConfig(image_size=28, num_channels=1)
     model = nn.parallel.DistributedDataParallel(ImageVAE(config).to(memory_format=torch.channels_last).train())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    batches = endless(Loader(image_rows(args, config), args.batch_size, rank=rank, world_size=world))
+    batches = endless(Loader(image_rows(args, config), world * args.batch_size, rank=rank, world_size=world))
     with contextlib.suppress(EOFError):  # the benchmark has ended
         while pipe.recv():
             pixels = next(batches)["pixel_values"]
@@ -200,7 +202,7 @@ def train_rank(rank: int, world: int, pipe: Any, args: BenchmarkArguments, meeti
 
 
 def ranks(args: BenchmarkArguments) -> Work:
-    """The same steps of image training by one rank of one thread, and by two that share every batch."""
+    """Steps of image training by one rank of one thread, and by two, each of as many rows."""
     context, folder = processes.get_context("spawn"), tempfile.mkdtemp()
 
     def team(world: int) -> Step:

@@ -35,7 +35,7 @@ from mmvae.coherence import evaluate_joint
 from mmvae.data import ImageColumn, Loader, Rows, TextColumn, load_rows, splits, texts_of
 from mmvae.density_fitting import latents_from
 from mmvae.evaluation import binarization, evaluate_conditional, evaluate_vae
-from mmvae.experiment import parse, precision
+from mmvae.experiment import build_accelerator, parse
 from mmvae.judge import Judge
 from mmvae.modalities import read_columns
 from mmvae.pictures import table
@@ -191,7 +191,7 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Load, evaluate, print and write."""
     (args,) = parse(EvaluationArguments)
-    accelerator = Accelerator(mixed_precision=precision(args.mixed_precision))
+    accelerator = build_accelerator(args.mixed_precision)
     records = []
     for name in args.model:
         records.append(record := evaluate(accelerator, name, args))

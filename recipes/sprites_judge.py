@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from mmvae.data import sprites
 from mmvae.data.sprites import ATTRIBUTES
-from mmvae.experiment import parse, precision
+from mmvae.experiment import build_accelerator, parse
 from mmvae.judge import Judge
 from mmvae.negatives import KINDS, examples
 from mmvae.pictures import table
@@ -111,7 +111,7 @@ def summary(levels: dict[str, dict[str, float]], drawn: dict[str, dict[str, floa
 def main() -> None:
     """Train, measure, write, and say whether it will do."""
     (args,) = parse(JudgeArguments)
-    accelerator = Accelerator(mixed_precision=precision(args.mixed_precision))
+    accelerator = build_accelerator(args.mixed_precision)
     if accelerator.num_processes > 1:
         raise ValueError(f"num_processes: got {accelerator.num_processes}, expected 1: the judge is small")
     set_seed(args.seed)

@@ -1,5 +1,7 @@
 """One run in a folder, whatever became of the others; and what signals and a lost launcher do to a run."""
 
+import json
+import mmap
 import os
 import signal
 import subprocess
@@ -94,3 +96,24 @@ def test_a_lost_launcher_counts_as_a_signal_and_a_closed_shell_does_not(tmp_path
     launcher = start(LAUNCHER, tmp_path, **{name: "1"})
     assert launcher.wait(timeout=20) == 0
     assert int(launcher.stdout.read()) == number
+
+
+def test_kept_memory_is_not_cleared_anew(start, tmp_path):
+    script = FILE + (
+        "import resource\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    block = bytearray(48 << 20)\n"
+        "    del block\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "def after(*keep):\n"
+        "    told = parts['keep_memory'](*keep)\n"
+        "    return [told, faults(), faults()]\n"
+        "print([faults(), *after(), *after(False)])"
+    )
+    process = start(script, tmp_path)
+    before, told, first, again, untold, *handed_back = json.loads(process.stdout.readline().replace("True", "true"))
+    assert told and untold
+    pages = (48 << 20) // mmap.PAGESIZE
+    assert min(before, first, *handed_back) > 0.9 * pages
+    assert again < 0.1 * pages
