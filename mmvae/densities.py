@@ -74,7 +74,7 @@ class GaussianMixtureDensity(Density):
         from sklearn.mixture import GaussianMixture
 
         kind = {"full": "full", "diagonal": "diag"}[self.covariance]
-        mixture = GaussianMixture(self.num_components, covariance_type=kind, max_iter=max_iterations, random_state=seed)
+        mixture = GaussianMixture(self.num_components, covariance_type=kind, max_iter=max_iterations, random_state=seed % 2**32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # said by the figures
             mixture.fit(train[0].flatten(0, 1).double().cpu().numpy())

@@ -57,6 +57,6 @@ def lda_quality(documents: Any, num_topics: int, seed: int = 0) -> dict[str, flo
     """
     from sklearn.decomposition import LatentDirichletAllocation
 
-    topics = torch.from_numpy(LatentDirichletAllocation(num_topics, random_state=seed).fit(documents).components_)
+    topics = torch.from_numpy(LatentDirichletAllocation(num_topics, random_state=seed % 2**32).fit(documents).components_)
     log_probs, background = (topics / topics.sum(1, keepdim=True)).log(), torch.from_numpy(documents.sum(0).A1 / documents.sum()).log()
     return {f"lda_{name}": value for name, value in topic_quality(log_probs, background, documents).items()}
