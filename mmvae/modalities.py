@@ -3,13 +3,13 @@
 Of a model that is there already, its processors tell how a column is read; for a new one, the column's texts make the tokenizer.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from mmvae.data import Column, ImageColumn, TextColumn, WordCountColumn, as_modalities, find_column, texts_of
+from mmvae.data import Augmentation, Column, ImageColumn, TextColumn, WordCountColumn, as_modalities, find_column, texts_of
 from mmvae.experiment import image_processor, make_tokenizer
 from mmvae.joint_processing import MMVAEProcessor
 from mmvae.models.configuration import MMVAEConfig, VAEConfig
@@ -129,6 +129,8 @@ def from_scratch(
     parts = new_modalities(data, kinds, fields, **options)
     if len(parts) > 1:
         return joined(parts, **mmvae)
+    if mmvae:
+        raise ValueError(f"mmvae: received {dict(mmvae)} for {', '.join(parts)} alone, expected none: there is one modality")
     (part,) = parts.values()
     return part.config, part.processor, [part.column]
 
@@ -155,6 +157,18 @@ def overridden(config: VAEConfig, vaes: Mapping[str, Any], mmvae: Mapping[str, A
     for name, given in vaes.items():
         (values["modalities"][name] if joint else values).update(given)
     return type(config).from_dict(values | dict(mmvae) | fields)
+
+
+def augmented(columns: Sequence[Column], changes: Mapping[str, Any]) -> list[Column]:
+    """Columns of training rows: their pictures are changed at random, see :class:`mmvae.data.Augmentation`.
+
+    Raises:
+        ValueError: there are changes and no pictures.
+    """
+    if changes and not any(isinstance(column, ImageColumn) for column in columns):
+        raise ValueError(f"augmentation: received {dict(changes)} without a picture, expected none")
+    made = Augmentation(**changes)
+    return [replace(column, augmentation=made) if isinstance(column, ImageColumn) else column for column in columns]
 
 
 def guess_modalities(data: Any) -> str:

@@ -48,6 +48,7 @@ class StudyRun(RunArguments):
     log_every: int = 200
 
     refused: ClassVar[Mapping[str, str]] = {
+        "num_epochs": "the runs of a study have as many steps each, max_steps",
         "streaming": "a study draws rows by their numbers",
         "on_bad_row": "a study draws rows by their numbers; recipes/check_data.py lists bad ones",
         "push_to_hub": "a study has figures, and many models",

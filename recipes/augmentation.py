@@ -17,7 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,13 @@ from torchvision.transforms.v2 import functional as tv
 
 from mmvae import ImageVAE
 from mmvae.charts import against
-from mmvae.data import Augmentation, Column, ImageColumn, Loader, PartlyLabelled, Rows
+from mmvae.data import Column, Loader, PartlyLabelled, Rows
 from mmvae.data.selection import select
 from mmvae.evaluation import binarization, model_inputs, predict
 from mmvae.experiment import parse, start
 from mmvae.hub import write_metrics
 from mmvae.loop import to_device
-from mmvae.modalities import overridden
+from mmvae.modalities import augmented, overridden
 from mmvae.models.classes import ClassVAE
 from mmvae.models.heads import classifier_of
 from mmvae.noise import fold
@@ -159,7 +159,7 @@ def draw_once(accelerator: Accelerator, args: AugmentationRun, data: LabelledDat
     seen = data.train if args.unlabelled else select(data.train, shown)
     options = {"kind": args.tokenizer, "vocab_size": args.vocab_size}
     config, processor, column = one_modality(seen, args, args.modality, args.vaes, **options)
-    changed = replace(column, augmentation=Augmentation(**args.augmentation)) if isinstance(column, ImageColumn) else column
+    (changed,) = augmented([column], args.augmentation)
     classifier_class = classifier_of(config, CLASSIFIERS)
 
     torch.manual_seed(seed)

@@ -10,7 +10,7 @@ with --joint beside -ELBO, in which rows without a label count too. --labels_per
 are left out, or with --joint stay as rows without a label. The epoch of the least validation error is kept. Results: see the configs.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
 
 from mmvae.charts import confusions
-from mmvae.data import Augmentation, ImageColumn, LabelColumn, Rows, find_classes, find_column, read_labels, shown_labels, splits
+from mmvae.data import LabelColumn, Rows, find_classes, find_column, read_labels, shown_labels, splits
 from mmvae.data.selection import select
 from mmvae.evaluation import binarization, evaluate_elbo, model_inputs, predict
 from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
 from mmvae.metrics import classification, confusion, per_class
-from mmvae.modalities import from_scratch, overridden, read_columns
+from mmvae.modalities import augmented, from_scratch, overridden, read_columns
 from mmvae.models.heads import LatentClassifier, classifier_of
 from mmvae.optimization import freeze_unreached, unwrap
 from mmvae.options import mapping, suited_label
@@ -49,13 +49,15 @@ class ClassifierArguments:
     def __post_init__(self) -> None:
         for option in ("vaes", "mmvae", "augmentation"):
             setattr(self, option, mapping(option, getattr(self, option)))
-        self.augmentation = Augmentation(**self.augmentation)
 
     def head(self, classes: tuple[str, ...], alpha: float | None) -> dict[str, Any]:
         """Fields of the model's configuration."""
         names = {"id2label": dict(enumerate(classes)), "classifier_alpha": alpha}
         shape = {"features": self.features, "hidden_size": self.head_size, "dropout": self.head_dropout}
         return names | {f"classifier_{name}": value for name, value in shape.items()}
+
+
+_OF_THE_BOUND = ("alpha", "objective", "objective_options", "num_samples", "kl_schedule", "kl_options", "phases")
 
 
 @dataclass
@@ -89,6 +91,11 @@ class ClassifierRun(RunArguments):
         super().__post_init__()
         if self.head_only and (self.joint or not self.vae):
             raise ValueError(f"head_only: received True with joint={self.joint}, vae={self.vae}, expected a trained VAE, and not jointly")
+        default = RunArguments(max_steps=1)
+        for name in _OF_THE_BOUND if not self.joint else ():
+            expected = 100.0 if name == "alpha" else getattr(default, name)
+            if getattr(self, name) != expected:
+                raise ValueError(f"{name}: received {getattr(self, name)!r} without joint, where there is no ELBO, expected {expected!r}")
         self.label = suited_label(self.label, self.dataset)
 
 
@@ -130,7 +137,7 @@ def main() -> None:
         if not args.joint:
             data["train"], shown = select(data["train"], shown.nonzero().flatten().tolist()), shown[shown]
     model, processor, columns = build(args, made, data["train"], told.classes)
-    changed = [replace(column, augmentation=made.augmentation) if isinstance(column, ImageColumn) else column for column in columns]
+    changed = augmented(columns, made.augmentation)
     read = {split: [*(changed if split == "train" else columns), told] for split in data}
     rows = {split: Rows(part, read[split], **args.rows) for split, part in data.items()}
     loaders = make_loaders(accelerator, args, rows)

@@ -18,7 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoProcessor
 
 from mmvae.charts import against
-from mmvae.data import Augmentation, Column, ImageColumn, Loader, PartlyLabelled
+from mmvae.data import Column, ImageColumn, Loader, PartlyLabelled
 from mmvae.data.selection import select
 from mmvae.evaluation import binarization, predict
 from mmvae.experiment import parse, start
 from mmvae.hub import write_metrics
-from mmvae.modalities import overridden, read_columns
+from mmvae.modalities import augmented, overridden, read_columns
 from mmvae.models.heads import ClassifierOutput, LatentClassifier, classifier_of
 from mmvae.options import mapping
 from mmvae.pictures import table
@@ -106,16 +106,11 @@ def trained_vae(accelerator: Accelerator, args: CompareRun, data: LabelledData) 
     torch.manual_seed(args.seed)
     model = classifier_of(config, CLASSIFIERS).vae_class(config)
     transform = binarization(getattr(config, "binarize", "none"))
-    rows = data.rows(data.train, changed(column, args))
+    rows = data.rows(data.train, augmented([column], args.augmentation)[0])
     result = train_once(accelerator, args, model, rows, folder, transform=transform, **args.vae_run)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder), config, column, result.seconds
-
-
-def changed(column: Column, args: CompareRun) -> Column:
-    """A column of training rows."""
-    return replace(column, augmentation=Augmentation(**args.augmentation)) if isinstance(column, ImageColumn) else column
 
 
 def measured(tell: Callable[[], tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -138,11 +133,12 @@ def network(
     model = plain(kind)(config) if method == "plain" else kind.from_pretrained(folder, config=config, dtype="float32")
     place, options = Path(args.output_dir) / "runs" / f"{method}_{count}_{seed}", {"seed": seed}
     binarize = binarization(getattr(config, "binarize", "none")) if joint else None
+    (changed,) = augmented([column], args.augmentation)
     if joint:
-        rows = PartlyLabelled(data.train, changed(column, args), data.told, per_class=count or None, seed=seed, name=data.name)
+        rows = PartlyLabelled(data.train, changed, data.told, per_class=count or None, seed=seed, name=data.name)
         result = train_once(accelerator, args, model, rows, place, transform=binarize, **options)
     else:
-        rows = data.rows(select(data.train, data.shown(count, seed)), changed(column, args))
+        rows = data.rows(select(data.train, data.shown(count, seed)), changed)
         result = train_classifier(accelerator, args, model, rows, place, **options)
     loader = Loader(data.rows(data.test, column), 500, shuffle=False)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -7,7 +7,7 @@ With --spread_neighbours the labels first spread to rows that lie near in the VA
 classes of pictures or texts, and draws them by class. Results: see the configs.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,12 +17,12 @@ from transformers import AutoModel, AutoProcessor
 
 from mmvae import ImageVAE, StackedVAE, TextVAE
 from mmvae.baselines import posterior_means
-from mmvae.data import Augmentation, ImageColumn, Rows, find_column, splits
+from mmvae.data import ImageColumn, Rows, find_column, splits
 from mmvae.data.labels import spread_labels
 from mmvae.data.partly_labelled import LabelArguments, partly_labelled
 from mmvae.evaluation import binarization
 from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
-from mmvae.modalities import read_columns
+from mmvae.modalities import augmented, read_columns
 from mmvae.options import mapping, suited_label
 from mmvae.pictures import grid, table
 from mmvae.processing import decode_text
@@ -77,8 +77,7 @@ def main() -> None:
     (column,) = read_columns(below, processor, data["train"], made.modality, **options)
     columns = dict.fromkeys(data, column)
     made.label_column = find_column(data["train"], "label", suited_label(made.label_column, args.dataset))
-    if isinstance(column, ImageColumn):
-        columns["train"] = replace(column, augmentation=Augmentation(**made.augmentation))
+    (columns["train"],) = augmented([column], made.augmentation)
 
     def spread(told: Tensor) -> Tensor:
         if not made.spread_neighbours:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -240,6 +241,23 @@ def test_labels_are_read_with_those_that_rows_lack(tmp_path):
     rows = load_rows(str(tmp_path))
     assert find_classes(rows, "kind") == ("a", "b")
     assert read_labels(rows, LabelColumn("kind", ("a", "b"), missing=True)).tolist() == [1, -100, 0, 1]
+    with pytest.raises(ValueError, match="set: field 'kind': got no label in 1 rows, expected at least one"):
+        read_labels(rows.select([1]), LabelColumn("kind", ("a", "b"), missing=True), "set", every_class=False)
+
+
+@pytest.mark.parametrize("option", ["alpha 5", "objective iwae", "num_samples 2", "kl_schedule constant"])
+def test_options_of_the_bound_without_one_are_refused(option, tmp_path):
+    with pytest.raises(ValueError, match=f"{option.split()[0]}: received .* without joint, where there is no ELBO, expected "):
+        run("classification", [f"--{option}".replace(" ", "="), f"--output_dir={tmp_path}"])
+
+
+def test_options_of_other_modalities_are_refused(tmp_path):
+    rows = [{"text": word, "label": label} for word, label in (("ice", "cold"), ("sun", "warm"))]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for option, value in (("augmentation", {"shift": 2}), ("mmvae", {"latent_dim": 3})):
+        with pytest.raises(ValueError, match=f"{option}: received {re.escape(str(value))} .*, expected none"):
+            run("classification", [f"--dataset={tmp_path}", f"--{option}={json.dumps(value)}", f"--output_dir={tmp_path / 'out'}"])
 
 
 def test_figures_of_a_classifier():

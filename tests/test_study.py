@@ -155,6 +155,8 @@ def test_a_study_refuses_what_it_cannot_use_before_it_trains(tmp_path, recipe_na
     test.write_text(test.read_text() + json.dumps({"text": "ice", "label": "hot"}) + "\n")
     with pytest.raises(BadRow, match="test: row 12, field 'label': got 'hot', expected"):
         run(recipe_name, [*options, "1"])
+    with pytest.raises(ValueError, match="num_epochs: received 3, expected None: the runs of a study have as many steps each, max_steps"):
+        run(recipe_name, [*options, "1", "--num_epochs", "3"])
     assert not list(out.rglob("checkpoints"))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmvae.data.columns import LabelColumn
 from mmvae.data.rows import Rows
+from mmvae.data.selection import called
 from mmvae.noise import fold
 
 _SHOWN = 0x73686F77
@@ -31,7 +32,7 @@ def read_labels(rows: Any, column: LabelColumn, name: str = "data", *, every_cla
 
     Raises:
         BadRow: a label that is no class.
-        ValueError: fewer than two classes, or one that no row has.
+        ValueError: fewer than two classes, one that no row has, or no row with a label.
     """
     if len(column.classes) < 2:
         raise ValueError(f"{name}: field {column.name!r}: got the class {column.classes[0]!r} alone, expected at least 2 classes")
@@ -39,6 +40,8 @@ def read_labels(rows: Any, column: LabelColumn, name: str = "data", *, every_cla
     labels = torch.full((len(rows),), -100)
     labels[read.numbers] = read.batch(read.numbers, read.numbers)["labels"]
     found = labels[labels >= 0].bincount(minlength=len(column.classes))
+    if not found.any():
+        raise ValueError(f"{called(rows, name)}: field {column.name!r}: got no label in {len(labels)} rows, expected at least one")
     if every_class and not found.all():
         lacking = column.classes[int(found.argmin())]
         raise ValueError(
