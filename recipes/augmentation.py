@@ -15,7 +15,6 @@ see the configs.
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -153,8 +152,8 @@ class Sample:
 
 
 def draw_once(accelerator: Accelerator, args: AugmentationRun, data: LabelledData, count: int, draw: int) -> dict[str, float]:
-    """Accuracy of both classifiers and seconds of one draw of ``count`` labels per class."""
-    seed, folder, began = args.seed + draw, Path(args.output_dir) / "runs" / f"{count}_{draw}", time.perf_counter()
+    """Accuracy of both classifiers, and seconds of training, of one draw of ``count`` labels per class."""
+    seed, folder = args.seed + draw, Path(args.output_dir) / "runs" / f"{count}_{draw}"
     shown = data.shown(count, seed)
     seen = data.train if args.unlabelled else select(data.train, shown)
     options = {"kind": args.tokenizer, "vocab_size": args.vocab_size}
@@ -168,7 +167,8 @@ def draw_once(accelerator: Accelerator, args: AugmentationRun, data: LabelledDat
     repeats = args.label_repeats if args.unlabelled else -(-args.batch_size // len(shown))
     known = PartlyLabelled(seen, changed, data.told, per_class=count, seed=seed, repeats=repeats, name=args.dataset)
     transform = binarization(getattr(generator.config, "binarize", "none"))
-    train_once(accelerator, args, generator, known, folder / "generator", transform=transform, seed=seed, **args.generator_run)
+    options = {"transform": transform, "seed": seed} | args.generator_run
+    seconds = train_once(accelerator, args, generator, known, folder / "generator", **options).seconds
     classes = torch.arange(len(data.told.classes)).repeat_interleave(args.generated)
     latents = None
     if args.latents == "around":
@@ -180,26 +180,27 @@ def draw_once(accelerator: Accelerator, args: AugmentationRun, data: LabelledDat
         added = (made, classes) if arm == "augmented" else ([], classes[:0])
         rows = data.rows(sample.with_generated(*added, num_rows), changed)
         build = partial(classifier_class, overridden(config, {}, {}, **data.names, **args.classifier))
-        figures[arm], model = classified(accelerator, args, build, rows, test, folder / arm, seed)
+        figures[arm], model, took = classified(accelerator, args, build, rows, test, folder / arm, seed)
+        seconds += took
         if arm == "real" and args.kept < 1:
             chosen = surest(accelerator, model, data.rows(sample.with_generated(made, classes, 0), column), classes, args.kept)
             made, classes = [made[i] for i in chosen.tolist()], classes[chosen]
     look(folder / "generated", made, classes)
-    return figures | {"seconds": time.perf_counter() - began}
+    return figures | {"seconds": seconds}
 
 
 def classified(
     accelerator: Accelerator, args: AugmentationRun, build: Callable[[], Any], rows: Rows, test: Rows, folder: Path, seed: int
-) -> tuple[float, Any]:
-    """Mean test accuracy of as many classifiers as are asked for, and the last of them."""
-    right = []
+) -> tuple[float, Any, float]:
+    """Mean test accuracy of as many classifiers as are asked for, the last of them, and seconds of training."""
+    right, seconds = [], 0.0
     for training in range(args.trainings):
         key = fold(seed, training)
         torch.manual_seed(key)
         model = build()
-        train_classifier(accelerator, args, model, rows, folder / str(training), seed=key)
+        seconds += train_classifier(accelerator, args, model, rows, folder / str(training), seed=key).seconds
         right.append(accuracy(accelerator, model, test))
-    return statistics.mean(right), model
+    return statistics.mean(right), model, seconds
 
 
 def surest(accelerator: Accelerator, model: Any, rows: Rows, classes: Tensor, share: float) -> Tensor:
@@ -245,7 +246,7 @@ def main() -> None:
     accelerator = start(args)
     if accelerator.num_processes > 1:
         raise ValueError(f"num_processes: received {accelerator.num_processes}, expected 1")
-    began, data, found = time.perf_counter(), LabelledData.read(args.dataset, args.label, args.counts), {}
+    data, found = LabelledData.read(args.dataset, args.label, args.counts), {}
     for count in args.counts:
         for draw in range(args.draws):
             found[count, draw] = draw_once(accelerator, args, data, count, draw)
@@ -253,7 +254,8 @@ def main() -> None:
     figures, shown = summary(found, args.counts, args.draws)
     folder = Path(args.output_dir)
     options = {"classes": data.told.classes} | {name: value for name, value in vars(args).items() if name not in PLACES}
-    write_metrics(folder, figures, seconds=time.perf_counter() - began, dataset=args.dataset, hyperparameters=options)
+    seconds = sum(each["seconds"] for each in found.values())
+    write_metrics(folder, figures, seconds=seconds, dataset=args.dataset, hyperparameters=options)
     accuracies = {arm: {count: [found[count, draw][arm] for draw in range(args.draws)] for count in args.counts} for arm in ARMS}
     against(accuracies, folder / "figures" / "accuracy.png", "labels per class", "accuracy")
     print(shown)

@@ -68,10 +68,13 @@ def augment(folder, *options) -> dict[str, float]:
 def test_augmentation_of_pictures_goes_on_where_it_was(pictures, tmp_path):
     options = ["--dataset", pictures, *IMAGE, "--counts", "2", "--augmentation", '{"shift": 1}', "--kept", "0.5", "--trainings", "2"]
     one = augment(tmp_path, *options, "--draws", "1")
+    seconds = [json.loads((tmp_path / "metrics.json").read_text())["seconds"]]
     checkpoints = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("manifest.json")}
     two = augment(tmp_path, *options, "--draws", "2")
     assert checkpoints.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("manifest.json")}.items()
     assert len(checkpoints) == 5, "of a generator and two classifiers of each kind"
+    seconds.append(json.loads((tmp_path / "metrics.json").read_text())["seconds"])
+    assert 0 < seconds[0] < seconds[1], "those of the first draw count again"
     for arm in ("real", "augmented"):
         each = [two[f"2/{arm}/draw_{draw}"] for draw in range(2)]
         assert each[0] == one[f"2/{arm}/draw_0"] and two[f"2/{arm}/accuracy"] == pytest.approx(sum(each) / 2)
