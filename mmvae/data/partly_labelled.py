@@ -36,6 +36,7 @@ class PartlyLabelled(Rows):
 
     Attributes:
         num_told: rows that tell their label, repeats counted.
+        num_copies: rows, the first ones, that are there again.
 
     Raises:
         BadRow: a label that is no class.
@@ -62,7 +63,7 @@ class PartlyLabelled(Rows):
         known = read_labels(dataset, labels, name, on_bad_row=options.get("on_bad_row", "error"))
         told = known >= 0 if per_class is None else shown_labels(known, per_class, labels.classes, seed)
         first = told.nonzero().flatten().repeat(repeats)
-        self.num_told = len(first)
+        self.num_told, self.num_copies = len(first), len(first) - len(first) // repeats
         order = torch.cat([first, (~told).nonzero().flatten()])
         self._labels = spread(known.where(told, -100))[order]
         super().__init__(select(dataset, order.tolist()), columns, name=name, **options)

@@ -63,6 +63,9 @@ class Rows:
         ValueError: no rows, a column that does not exist, two modalities of one name, or an option outside its range.
     """
 
+    num_copies = 0
+    """How many rows, the first ones, come again later: see :class:`mmvae.data.PartlyLabelled`."""
+
     def __init__(
         self,
         dataset: Any,
@@ -128,11 +131,6 @@ class Rows:
             self._tell_empty(column, self._has(column, self._present) & (lengths == 0))
         ragged = [lengths * self._has(column, self._present) for column, lengths in ragged.items() if column.bucketed]
         self.lengths = torch.stack(ragged).sum(0)[keep] if ragged else None
-
-    @property
-    def num_skipped(self) -> int:
-        """How many rows are left out because they are bad; of a stream, so far."""
-        return len(self.bad)
 
     def _modality_columns(self) -> list[str]:
         return [column.name for column in self.columns if column.modality]
