@@ -195,7 +195,7 @@ def evaluate_vae(
     Returns:
         Also ``nll_nats`` per row, which without a latent is -ELBO, no estimate; for text ``perplexity``
         :math:`e^{\mathrm{nll} / \mathrm{tokens}}` and ``perplexity_elbo``; for 8-bit pictures with a discretized likelihood, and without
-        ``transform``, ``bits_per_dim``.
+        ``transform``, ``bits_per_dim`` and ``bits_per_dim_elbo``.
     """
     figures = evaluate_elbo(accelerator, model, loader, seed=seed, transform=transform, detailed=True)
     inner = unwrap(model)
@@ -218,7 +218,9 @@ def evaluate_vae(
             figures["perplexity"] = perplexity(figures["nll_nats"], figures["tokens"])
     elif transform is None and getattr(inner.config, "likelihood", None) == "discretized_logistic":
         dims = math.prod(inner.config.height_width) * inner.config.num_channels
-        figures["bits_per_dim"] = bits_per_dim(figures.get("nll_nats", figures["neg_elbo_nats"]), dims)
+        figures["bits_per_dim_elbo"] = bits_per_dim(figures["neg_elbo_nats"], dims)
+        if "nll_nats" in figures:
+            figures["bits_per_dim"] = bits_per_dim(figures["nll_nats"], dims)
     return figures
 
 

@@ -100,6 +100,11 @@ def test_bits_per_dim_are_told_of_a_discretized_likelihood_only():
         assert {"psnr_db", "ssim"} <= set(figures) and "tokens" not in figures
         if told:
             assert figures["bits_per_dim"] == pytest.approx(figures["nll_nats"] / (16 * 16 * math.log(2)))
+            without = evaluate_vae(
+                Accelerator(cpu=True), model_of("image", likelihood=likelihood), Loader(rows_of("image"), 8), num_samples=0
+            )
+            assert without["bits_per_dim_elbo"] == pytest.approx(without["neg_elbo_nats"] / (16 * 16 * math.log(2)))
+            assert "bits_per_dim" not in without, "a bound is no likelihood"
 
 
 def test_bits_per_dim_are_not_told_of_binarised_pixels():
