@@ -149,7 +149,7 @@ def test_the_recipe_measures_a_folder(pose, tmp_path, capsys):
     for shape, chance in (("heart", 180), ("ellipse", 90), ("square", 45)):
         assert f"{shape}: R2 of the angle in the content, mlp" in figures
         error = figures.get(f"{shape}: mean absolute error, degrees")
-        assert (error is None) == (pose == "none") and (error or 0) <= chance
+        assert (error is None) == (pose == "none") and (error is None or 0 < error < chance), "half of the largest one is chance"
 
 
 def test_a_model_of_no_pictures_is_named(tmp_path):

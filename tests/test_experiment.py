@@ -1,13 +1,10 @@
 """Options, and what the recipes share beside the loop."""
 
-import json
 import logging
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from recipe_runs import recipe
 
@@ -258,7 +255,7 @@ def test_walks_along_a_spatial_latent_change_the_picture():
     assert all(not torch.equal(row[0], row[-1]) for row in pictures.detach())
 
 
-def test_empty_rows_do_not_stop_a_stream_that_leaves_them_out():
+def test_a_share_of_bad_rows_stops_only_runs_that_skip_them():
     assert "most_bad" in RunArguments(num_epochs=1, on_bad_row="skip").rows
     assert "most_bad" not in RunArguments(num_epochs=1).rows
 
@@ -347,8 +344,6 @@ def test_paths_of_this_machine_stay_out_of_the_record(monkeypatch, tmp_path):
     ]
     told = [_without_place(word) for word in words]
     assert told == ["ptb", "--dataset=ptb", str(tmp_path / "out"), "user/name", "--seed=1", "a=b/c", "words:mnist"]
-    assert json.dumps(sys.argv)  # what is recorded are words
-    assert Accelerator().is_main_process
 
 
 def test_densities_are_fitted_to_every_row_once_and_to_the_beginning_of_a_stream(monkeypatch):

@@ -159,7 +159,8 @@ def test_diversity_of_texts_that_are_all_alike_and_all_different():
     same = diversity(["a small red heart"] * 5, ["a  small red heart", "other"])
     assert same == pytest.approx({"distinct_1": 4 / 20, "distinct_2": 3 / 15, "self_bleu": 100.0, "repeated": 1.0})
     words = [" ".join(f"w{4 * row + i}" for i in range(4)) for row in range(5)]
-    assert diversity(words) == pytest.approx({"distinct_1": 1.0, "distinct_2": 1.0, "self_bleu": 0.0}, abs=20)  # BLEU smooths
+    figures = diversity(words)
+    assert (figures["distinct_1"], figures["distinct_2"]) == (1, 1) and 0 <= figures["self_bleu"] < 20  # BLEU smooths
     half = diversity(["a b c d", "a b x y", "e f g h"], ["e f g h"])
     assert half["distinct_1"] == pytest.approx(10 / 12) and half["distinct_2"] == pytest.approx(8 / 9)
     assert half["repeated"] == pytest.approx(1 / 3)

@@ -288,10 +288,21 @@ def test_generation_of_anything_from_anything(model):
     assert len(mixed) == 5
     assert len(model.interpolate(torch.zeros(2, 3), torch.ones(2, 3), 4, target="image")) == 8
     assert set(model.sample(2, max_new_tokens=3)) == {"image", "text"}
-    nearest = model.retrieve({"pixel_values": inputs["pixel_values"]}, {"input_ids": inputs["input_ids"]}, 2)
-    assert nearest.shape == (5, 2)
-    same = model.retrieve(pixels := {"pixel_values": inputs["pixel_values"]}, {"input_ids": inputs["input_ids"]}, 5, reference=pixels)
-    assert same.sort(1).values.tolist() == [[0, 1, 2, 3, 4]] * 5
+
+
+def test_what_is_found_overlaps_most(model):
+    both, reference = batch(), {"pixel_values": batch(9)["pixel_values"]}
+    queries, candidates = {"pixel_values": both.pop("pixel_values")[:3]}, both
+    a, b, r = (model.posterior(**inputs).mixture for inputs in (queries, candidates, reference))
+
+    def overlaps(first):
+        spread = (first.variance.unsqueeze(1) + b.variance).sqrt()
+        return torch.distributions.Normal(b.mean, spread).log_prob(first.mean.unsqueeze(1)).sum(-1)
+
+    scores = overlaps(a)
+    assert torch.equal(model.retrieve(queries, candidates, 2), scores.argsort(1, descending=True)[:, :2])
+    scores = scores - (overlaps(r).exp().mean(0)).log()
+    assert torch.equal(model.retrieve(queries, candidates, 5, reference=reference), scores.argsort(1, descending=True))
 
 
 def test_save_and_load(model, tmp_path):

@@ -265,6 +265,23 @@ def test_a_bernoulli_takes_pixels_of_0_and_255(data):
         refuse_grey(MMVAEConfig(modalities={"image": ImageVAEConfig(likelihood="bernoulli")}), loaders)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, which looks at it
+def test_a_compiled_run_is_the_same_run(data, finished, tmp_path, monkeypatch):
+    compiled, compile_in_place = [], torch.nn.Module.compile
+
+    def without_a_compiler(module):  # what the code is made into is torch's affair, and takes a minute
+        compiled.append(type(module).__name__)
+        compile_in_place(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_a_compiler)
+    run(**arguments(data, "image_vae", IMAGE_ALL, tmp_path, "--compile"))
+    assert compiled == ["ConvEncoder", "ConvDecoder"]
+    same, own = (load_file(folder / "model.safetensors") for folder in (finished / "image_vae", tmp_path))
+    assert same.keys() == own.keys()
+    for name, value in same.items():
+        torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_a_missing_split_lists_the_splits(finished, data, tmp_path):
     with pytest.raises(ValueError, match="has no split 'final', expected one of train, validation, test"):
         run("evaluate", ["--model", finished / "text_vae", "--dataset", data["text_vae"], "--split", "final"])
