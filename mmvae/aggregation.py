@@ -63,7 +63,7 @@ class Posterior:
         return (weights.cumsum(0) <= uniform.unsqueeze(-2)).sum(-2).minimum(last)
 
     def at(self, index: Tensor) -> tuple[DiagNormal, Tensor]:
-        """One component of every row: what :class:`mmvae.objectives.Terms` takes as ``components`` and ``members`` (with zeros as weights).
+        """One component of every row: what :class:`mmvae.terms.Terms` takes as ``components`` and ``members`` (with zeros as weights).
 
         Arguments:
             index: (*, B) int64, as from :meth:`draw`.
