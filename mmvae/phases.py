@@ -16,7 +16,7 @@ References:
         (autoencoder first, then a new decoder and free bits)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -139,12 +139,14 @@ def phase_at(phases: Sequence[Phase], step: int) -> Phase:
 
 def part_of(model: nn.Module, part: str) -> set[str]:
     """Names of the parameters that belong to a part; to "inference" those of the ``inference_modules`` of every VAE inside."""
-    plain = unwrap(model)
-    holders = [(f"{name}." if name else "", getattr(module, "inference_modules", ())) for name, module in plain.named_modules()]
+    return _of_part([name for name, _ in unwrap(model).named_parameters()], model, part)
+
+
+def _of_part(names: Iterable[str], model: nn.Module, part: str) -> set[str]:
+    holders = [(f"{name}." if name else "", getattr(module, "inference_modules", ())) for name, module in unwrap(model).named_modules()]
     inside = tuple(f"{prefix}{child}." for prefix, children in holders for child in children)
-    names = {name for name, _ in plain.named_parameters()}
-    inference = {name for name in names if name.startswith(inside)}
-    return {"inference": inference, "generation": names - inference, "all": names}[part]
+    inference = {name for name in names if f"{name}.".startswith(inside)}
+    return {"inference": inference, "generation": {*names} - inference, "all": {*names}}[part]
 
 
 def check_resets(phases: Sequence[Phase], model: nn.Module) -> None:
@@ -156,7 +158,7 @@ def check_resets(phases: Sequence[Phase], model: nn.Module) -> None:
 
 def check_objectives(phases: Sequence[Phase], model: nn.Module) -> None:
     """Refuse mmvm of one modality without a divergence from the prior, which is none at all: ValueError."""
-    alone = len(getattr(model, "vaes", ("itself",))) < 2
+    alone = len(getattr(getattr(model, "base_model", model), "vaes", ("itself",))) < 2
     if alone and any(phase.objective.func is mmvm and not phase.objective.keywords.get("prior_weight") for phase in phases):
         raise ValueError(
             "objective: received 'mmvm' with prior_weight 0 for one modality, so no divergence at all, expected more of either"
@@ -189,6 +191,10 @@ def begin(phase: Phase, model: nn.Module, optimizer: torch.optim.Optimizer, seed
             while not hasattr(modules[name], "_init_weights"):  # the nearest model around it knows how it starts
                 name = name.rpartition(".")[0]
             modules[name]._init_weights(module)
+    for name in _of_part(modules, plain, phase.reset):  # running statistics and scales, which are no parameters
+        module = modules[name]
+        if next(module.parameters(recurse=False), None) is None and next(module.buffers(recurse=False), None) is not None:
+            getattr(module, "reset_parameters", lambda: None)()
     for name in new:
         inner.state.pop(parameters[name], None)
         if ema is not None and name in ema.weights:

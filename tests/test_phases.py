@@ -6,12 +6,22 @@ import pytest
 import torch
 from test_experiment import make
 
-from mmvae import MMVAE, ImageVAEConfig, MMVAEConfig, TextVAE, TextVAEConfig, TextVAEForSequenceClassification, TopicVAEConfig, checkpoint
+from mmvae import (
+    MMVAE,
+    ImageVAEConfig,
+    MMVAEConfig,
+    MMVAEForClassification,
+    TextVAE,
+    TextVAEConfig,
+    TextVAEForSequenceClassification,
+    TopicVAEConfig,
+    checkpoint,
+)
 from mmvae.checkpoint import CheckpointError
 from mmvae.experiment import RunArguments, train, vae_step
 from mmvae.objectives import elbo
 from mmvae.optimization import EMA
-from mmvae.phases import begin, build_phases, check_reach, check_resets, part_of, phase_at
+from mmvae.phases import begin, build_phases, check_objectives, check_reach, check_resets, part_of, phase_at
 from mmvae.schedules import in_steps
 
 RUN = {"kl_schedule": "linear", "kl_options": {"steps": 4}, "objective": "elbo", "objective_options": {"free_bits": 0.5}, "num_samples": 1}
@@ -191,6 +201,29 @@ def test_a_reset_is_as_a_new_model_and_its_average_begins_anew():
     assert all(torch.equal(ema.weights[name], p) for name, p in model.named_parameters())
     table = model.vaes["text"].decoder.embed_tokens.weight
     assert table is model.vaes["text"].lm_head.weight and 0.09 < table.std() < 0.11
+
+
+def test_a_reset_forgets_running_statistics_and_scales():
+    picture = ImageVAEConfig(image_size=8, hidden_channels=[4], latent_dim=2, norm="batch", scale_mode="optimal", scale=0.5)
+    topics = TopicVAEConfig(vocabulary=["a", "b"], latent_dim=2, prior="standard_normal")
+    model = MMVAE(MMVAEConfig(modalities={"picture": picture, "topics": topics}, latent_dim=2))
+    first = {name: value.clone() for name, value in model.named_buffers()}
+    with torch.no_grad():
+        for _, value in model.named_buffers():
+            value.add_(7)
+    begin(build_phases(RUN, [{"steps": 1}, {"reset": "generation"}])[1], model, torch.optim.AdamW(model.parameters()), 0)
+    kept = {name for name, value in model.named_buffers() if not torch.equal(value, first[name])}
+    inside = ("encoder.", "to_moments.", "moments_norm.", "to_mean", "to_logvar")
+    assert kept == {name for name in first if name.split(".", 2)[2].startswith(inside)} and 0 < len(kept) < len(first)
+
+
+def test_mmvm_is_refused_of_one_modality_and_not_of_two():
+    both = {name: TextVAEConfig(vocab_size=9, latent_dim=2) for name in "ab"}
+    phases = build_phases(RUN | {"objective": "mmvm", "objective_options": {}}, [])
+    for kind in (MMVAE, MMVAEForClassification):
+        check_objectives(phases, kind(MMVAEConfig(modalities=both, num_labels=2)))
+    with pytest.raises(ValueError, match="received 'mmvm' with prior_weight 0 for one modality"):
+        check_objectives(phases, TextVAE(both["a"]))
 
 
 def test_a_new_decoder_leaves_the_encoder_its_embedding():

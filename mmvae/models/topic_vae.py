@@ -135,6 +135,7 @@ class TopicVAE(VAEModel):
     main_input_name = "word_counts"
     input_modalities = ("topic",)
     base_model_prefix = "topic_vae"
+    inference_modules = (*VAEModel.inference_modules, "moments_norm")
     input_names = ("word_counts",)
 
     def __init__(self, config: TopicVAEConfig):
