@@ -36,15 +36,9 @@ from mmvae.terms import Terms, kl_to_prior
 Objective = Callable[[Terms, float], Tensor]
 
 
-def _mean(terms: Terms, value: Tensor) -> Tensor:
-    """Mean over samples of the weighted sum over components, (S, K, B) to (B,), in which an absent one counts nothing."""
-    weights = terms.weights().exp()
-    return torch.where(weights > 0, weights * value, 0.0).sum(1).mean(0)
-
-
 def _sum(terms: Terms, value: Tensor) -> Tensor:
-    """Likewise the sum over present components, which have equal weights: an estimate of it where z holds one that was drawn."""
-    return (terms.q.mixture.log_weights > -math.inf).sum(0) * _mean(terms, value)
+    """Mean over samples of the sum over present components, which have equal weights; an estimate of it where z holds a drawn one."""
+    return (terms.q.mixture.log_weights > -math.inf).sum(0) * terms.mean(value)
 
 
 def elbo(
@@ -68,7 +62,7 @@ def elbo(
     Returns:
         (B,).
     """
-    return _mean(terms, terms.likelihood() - beta * kl_to_prior(terms, free_bits, free_bits_per, divergence))
+    return terms.mean(terms.likelihood() - beta * kl_to_prior(terms, free_bits, free_bits_per, divergence))
 
 
 def capacity(terms: Terms, beta: float = 1.0, nats: float = 8.0, strength: float = 1.0) -> Tensor:
@@ -84,7 +78,7 @@ def capacity(terms: Terms, beta: float = 1.0, nats: float = 8.0, strength: float
         (B,). No bound on log p(x) unless the divergence is at least the capacity. Where the divergence is sampled it is its estimate,
         the mean over the samples, that is drawn to C: :math:`|X - C|` is in the mean more than :math:`|\mathrm{KL} - C|`.
     """
-    return _mean(terms, terms.likelihood()) - strength * (_mean(terms, kl_to_prior(terms)) - beta * nats).abs()
+    return terms.mean(terms.likelihood()) - strength * (terms.mean(kl_to_prior(terms)) - beta * nats).abs()
 
 
 def _log_w(terms: Terms, beta: float, detach_q: bool, looser: bool) -> Tensor:
@@ -117,7 +111,7 @@ def iwae(terms: Terms, beta: float = 1.0, looser: bool = False) -> Tensor:
     """
     log_w = _log_w(terms, beta, False, looser)
     bound = log_w.logsumexp(0 if looser else (0, 1)) - math.log(len(log_w))
-    return _mean(terms, bound.unsqueeze(0)) if looser else bound
+    return terms.mean(bound.unsqueeze(0)) if looser else bound
 
 
 def dreg(terms: Terms, beta: float = 1.0, looser: bool = False) -> Tensor:
@@ -141,7 +135,7 @@ def dreg(terms: Terms, beta: float = 1.0, looser: bool = False) -> Tensor:
         terms.z.register_hook(lambda grad: share * grad)
     surrogate = torch.where(normalised > 0, normalised * log_w, 0.0).sum(over, keepdim=True)  # an absent component is 0 times -inf
     bound = total - math.log(len(terms.z)) + surrogate - surrogate.detach()
-    return _mean(terms, bound) if looser else bound[0, 0]
+    return terms.mean(bound) if looser else bound[0, 0]
 
 
 def mvae(terms: Terms, beta: float = 1.0, free_bits: float = 0.0, free_bits_per: str = "dimension") -> Tensor:
@@ -197,7 +191,7 @@ def mvtcae(terms: Terms, beta: float = 1.0, alpha: float = 5 / 6) -> Tensor:
     share = alpha / terms.q.visible.sum(-1).clamp_min(1)
     shared = replace(terms, private={})
     bound = (1 - share) * terms.likelihood() - beta * ((1 - alpha) * kl_to_prior(shared) - sum(terms.private.values()))
-    return _mean(terms, bound) - beta * share * _kl_to_experts(terms, "mvtcae")
+    return terms.mean(bound) - beta * share * _kl_to_experts(terms, "mvtcae")
 
 
 def jmvae(terms: Terms, beta: float = 1.0, alpha: float = 0.1, free_bits: float = 0.0, free_bits_per: str = "dimension") -> Tensor:

@@ -55,6 +55,11 @@ class Terms:
         """log of the weights of the components in z, (K, B)."""
         return self.q.mixture.log_weights if self.log_weights is None else self.log_weights
 
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over samples of the weighted sum over components, (S, K, B) to (B,), in which an absent one counts nothing."""
+        weights = self.weights().exp()
+        return torch.where(weights > 0, weights * value, 0.0).sum(1).mean(0)
+
     def drawn_from(self) -> DiagNormal:
         """The components that z holds samples of, batch (K, B) or (S, K, B)."""
         components = self.q.mixture.components if self.components is None else self.components
@@ -156,7 +161,8 @@ def kl_to_prior(terms: Terms, floor: float | Mapping[str, float] = 0.0, per: str
         )
     else:
         value = q.log_prob(terms.z) - terms.prior.log_prob(terms.z)
-        if floors:  # max(lambda, X) of one sample is in the mean more than that of the mean
+        apart = terms.components is not None and len(terms.components.batch_shape) > 2  # each sample is of a component of its own
+        if floors and not (each and apart):  # max(lambda, X) of one sample is in the mean more than that of the mean
             value = value.mean(0, keepdim=True)
             if not each:  # which is one divergence, and no component has one of its own
                 value, here = torch.where(here > 0, here * value, 0.0).sum(1, keepdim=True), None

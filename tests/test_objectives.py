@@ -328,6 +328,22 @@ def test_free_bits_of_a_mean_are_those_of_the_rows_that_have_the_component():
     assert torch.equal(elbo(t, free_bits={"row": 0.0, "unit": 0.0}), elbo(t))  # off, also where the divergence has no dimensions
 
 
+def test_free_bits_of_a_row_hold_for_every_component_that_a_sample_drew():
+    """Drawn for every sample, or decoded one after the other: the same floors."""
+    t = terms(components=3)
+    t = replace(t, prior=GaussianMixture(t.q.mixture.components, t.q.mixture.log_weights))  # no closed form
+    index = torch.arange(3).unsqueeze(1).expand(3, t.z.shape[2])
+    components, members = t.q.at(index)
+    rows = torch.arange(t.z.shape[2])
+    z = t.z[0][index, rows].unsqueeze(1)  # sample s is of component s
+    log_px = {name: value[0][index, rows].unsqueeze(1) for name, value in t.log_px.items()}
+    drawn = Terms(z, log_px, t.q, t.prior, components=components, members=members, log_weights=torch.zeros(1, z.shape[2]))
+    one = Terms(t.z[:1], {name: value[:1] for name, value in t.log_px.items()}, t.q, t.prior)
+    each = kl_to_prior(drawn, 2.0, "row", "components").squeeze(1)
+    torch.testing.assert_close(each, kl_to_prior(one, 2.0, "row", "components").squeeze(0))
+    assert each.min() == 2 and each.max() > 2
+
+
 def test_elbo_with_free_bits():
     t = terms()
     q = t.q.mixture.components

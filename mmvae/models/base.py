@@ -32,6 +32,9 @@ from mmvae.terms import Terms, kl_to_prior
 class VAEOutput(ModelOutput):
     """What ``forward`` returns. Nats; ``None`` where it does not apply.
 
+    In evaluation mode z is the posterior's mean unless ``sample_posterior`` is true: then ``log_px``, ``elbo`` and ``loss`` are no bounds,
+    and a divergence without a closed form (of a mixture, or from a mixture or Vamp prior) is some D / 2 nats too large.
+
     Attributes:
         loss: (), mean over rows of minus the objective.
         loss_rows: (B,), minus the objective.
@@ -88,11 +91,6 @@ def outputs_of(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name}: received {value!r}, expected at least {least}")
-
-
-def _weighted(weights: Tensor, value: Tensor) -> Tensor:
-    """Sum over components, (S, K, B) to (S, B), in which an absent one counts nothing, whatever its value."""
-    return torch.where(weights > 0, weights * value, 0.0).sum(1)
 
 
 class VAE(VerifiedModel):
@@ -217,14 +215,13 @@ class VAE(VerifiedModel):
     def weigh(self, terms: Terms, beta: float, objective: Objective) -> VAEOutput:
         """What :meth:`bound` returns of terms, hidden states apart; a model that maximises more than the objective adds it here."""
         loss_rows = -objective(self.weighted(terms), beta)
-        weights = terms.weights().exp()
         if terms.auxiliary is not None:
-            loss_rows = loss_rows - _weighted(weights, terms.auxiliary).mean(0)
+            loss_rows = loss_rows - terms.mean(terms.auxiliary)
         with torch.no_grad():
-            each = [_weighted(weights, value).mean(0) for value in terms.log_px.values()]
+            each = [terms.mean(value) for value in terms.log_px.values()]
             log_px = torch.stack(each).sum(0)
-            kl = _weighted(weights, kl_to_prior(terms)).mean(0)
-            present = weights.argmax(0)  # a component that is not absent
+            kl = terms.mean(kl_to_prior(terms))
+            present = terms.weights().argmax(0)  # a component that is not absent
         return VAEOutput(
             loss=loss_rows.mean(),
             loss_rows=loss_rows,
