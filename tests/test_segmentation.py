@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSemanticSegmentation, AutoProcessor, pipeline
 
 from mmvae import ImageVAE, ImageVAEConfig, ImageVAEForImageClassification, ImageVAEForSemanticSegmentation, ImageVAEImageProcessor
+from mmvae.objectives import dreg
 from mmvae.pose import POSES
 
 KEY = torch.arange(3)
@@ -180,6 +182,12 @@ def test_the_mask_is_that_of_the_first_sample():
     one, several = model(PIXELS, noise_key=KEY), model(PIXELS, noise_key=KEY, num_samples=3)
     torch.testing.assert_close(one.logits, several.logits)
     assert not torch.allclose(one.log_px, several.log_px)
+
+
+def test_an_objective_that_weighs_the_gradient_of_the_latent_is_refused():
+    for objective in (dreg, partial(dreg, looser=False)):
+        with pytest.raises(ValueError, match="objective: received dreg, expected another"):
+            build()(PIXELS, LABELS, objective=objective, num_samples=3)
 
 
 # ---- the recipe

@@ -25,7 +25,7 @@ from mmvae.models.classes import checked_labels
 from mmvae.models.headed import HeadedVAE
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
 from mmvae.models.inherited import refuse_unknown
-from mmvae.objectives import Objective
+from mmvae.objectives import Objective, dreg
 from mmvae.pose import OUTSIDE, within
 
 UNLABELLED = 255  # the class of a pixel of which nothing is known, as in transformers' models
@@ -118,9 +118,12 @@ class ImageVAEForSemanticSegmentation(HeadedVAE):
             kwargs: what transformers hands to every model and this one has no use for; any other name is a TypeError.
 
         Raises:
-            ValueError: labels of another shape or kind than (B, H, W) whole numbers; in the host's memory also for one that is no class.
+            ValueError: the objective dreg; labels of another shape or kind than (B, H, W) whole numbers; in the host's memory also for one
+                that is no class.
         """
         refuse_unknown(self, kwargs)
+        if getattr(objective, "func", objective) is dreg:
+            raise ValueError("objective: received dreg, expected another: it would weigh the mask's gradient, too")
         alpha = self.config.classifier_alpha if alpha is None else alpha
         sampled = self.training if sample_posterior is None else sample_posterior
         vae, inputs = self.image_vae, {"pixel_values": pixel_values}
