@@ -125,7 +125,8 @@ class Scale(nn.Module):
         mode: "fixed"; "learned" by gradient (as ten times a parameter, so that Adam at 1e-3 does not lag); or "optimal", the running
             average of the closed-form optimum of each training batch, :math:`\sigma^2 = \overline{(x - \mu)^2}` or
             :math:`b = \overline{|x - \mu|}`, each picture with the weight that the objective gives to its score. The backward pass of a
-            loss moves it, so that a batch is scored by those before it; evaluation leaves it alone.
+            loss moves it, so that a batch is scored by those before it; evaluation leaves it alone. Of several ranks it is that of the
+            first, which DistributedDataParallel gives the others.
         scale: its first value, in units of the pixel range.
         power: 2 for gaussian, 1 for laplace.
         momentum: of the running average.
@@ -141,7 +142,7 @@ class Scale(nn.Module):
         if mode == "learned":
             self.log_scale_tenth = nn.Parameter(torch.full((), self.log_first / 10))
         elif mode == "optimal":
-            self.register_buffer("moment", torch.full((), scale**power))
+            self.register_buffer("moment", torch.full((), float(scale) ** power))
 
     def reset_parameters(self) -> None:
         """Set the first value again."""

@@ -119,6 +119,7 @@ def test_scores_are_float32_whatever_the_network(name, dtype):
 
 @pytest.mark.parametrize(("name", "power"), [("gaussian", 2), ("laplace", 1)])
 def test_the_optimal_scale_follows_the_batches_and_stands_still_in_evaluation(name, power):
+    assert Likelihood(name, "optimal", 1).scale.moment.dtype == torch.float32  # a whole number in a file is a number
     likelihood = Likelihood(name, "optimal", 0.5)
     output, x = torch.zeros(4, 1, 8, 8, requires_grad=True), torch.rand(4, 1, 8, 8)
     before = likelihood.scale.moment.item()

@@ -53,8 +53,8 @@ class ImageVAEConfig(ClassVAEConfig):
         dropout: inside residual blocks, [0, 1).
         likelihood: a key of ``mmvae.likelihoods.LIKELIHOODS``. "bernoulli" with ``binarize`` "none" is for data that is 0 or 1 already;
             "discretized_logistic" is about 256 levels and takes no other ``binarize``.
-        scale_mode: of a gaussian or laplace likelihood: "fixed", "learned" or "optimal"; the last follows every micro-batch of every
-            rank, so that it alone makes a loss depend on gradient accumulation and on the rows of a batch.
+        scale_mode: of a gaussian or laplace likelihood: "fixed", "learned" or "optimal"; the last follows every micro-batch of the
+            first rank, so that it alone makes a loss depend on gradient accumulation and on the rows of a batch.
         scale: its (first) value in units of the pixel range.
         input_noise: standard deviation of noise on the encoder's input in training (a denoising VAE), in units of the pixel range.
         input_jitter: strength, at most 1, of random turns, scales, slants and shifts of the encoder's input in training, see
