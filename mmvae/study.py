@@ -159,8 +159,9 @@ def train_once(
         What :func:`mmvae.training.fit` does.
     """
     plain = {f.name: getattr(args, f.name) for f in fields(RunArguments)}  # a study with more draws is no other run
-    if options.get("lr_schedule", args.lr_schedule) != args.lr_schedule:  # what the study's own takes says nothing of another
-        plain |= {"lr_options": {}} | ({"warmup_steps": 0} if options["lr_schedule"] == "constant" else {})
+    for of, taken in (("lr_schedule", "lr_options"), ("kl_schedule", "kl_options"), ("objective", "objective_options")):
+        if options.get(of, getattr(args, of)) != getattr(args, of):  # what the study's own takes says nothing of another
+            plain |= {taken: {}} | ({"warmup_steps": 0} if options[of] == "constant" and of == "lr_schedule" else {})
     plain |= options
     args = RunArguments(**plain | {"output_dir": str(folder), "monitor": "last", "eval_every": plain["max_steps"]})
     loaders = make_loaders(accelerator, args, {"train": rows})

@@ -59,7 +59,7 @@ def figures_of(folder) -> dict[str, float]:
 
 
 def augment(folder, *options) -> dict[str, float]:
-    generator = ["--generator_run", '{"max_steps": 2, "lr_schedule": "constant"}']
+    generator = ["--generator_run", '{"max_steps": 2, "lr_schedule": "constant", "kl_schedule": "constant"}']
     command = [*TINY, "--generated", "4", *generator, *options, f"--output_dir={folder}"]
     assert run("augmentation", command)["exit"] == 0
     return figures_of(folder)
@@ -94,6 +94,8 @@ def test_the_generator_sees_rows_with_labels_alone_unless_told_otherwise(tmp_pat
         words.append(load_file(weights)["decoder.embed_tokens.weight"])
     assert torch.equal(words[0], words[1]) and len(words[2]) > len(words[1])
     assert "generated" in (folder / "runs" / "1_0" / "generated.md").read_text()
+    more = ["--dataset", data[name], *TEXT, "--counts", "1", "--draws", "2", "--unlabelled", "true", "--latents", "prior"]
+    assert augment(folder, *more)["1/augmented/draw_0"] >= 0, "the sentences are the same again, or the run would be another one"
 
 
 def test_latents_around_rows_of_a_class(pictures):
