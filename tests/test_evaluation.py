@@ -93,6 +93,13 @@ def test_perplexity_is_per_word_with_the_end():
     assert without["perplexity_elbo"] == pytest.approx(figures["perplexity_elbo"])
 
 
+def test_pictures_too_small_for_ssim_have_none():
+    rows = Rows(Dataset.from_dict({"image": [[[0] * 4] * 4] * 3}), ImageColumn("image", 4, 1))
+    model = ImageVAE(ImageVAEConfig(image_size=4, num_channels=1, hidden_channels=[4], latent_dim=2))
+    figures = evaluate_vae(Accelerator(cpu=True), model, Loader(rows, 3), num_samples=0)
+    assert "psnr_db" in figures and "ssim" not in figures
+
+
 def test_bits_per_dim_are_told_of_a_discretized_likelihood_only():
     for likelihood, told in (("discretized_logistic", True), ("gaussian", False), ("bernoulli", False)):
         figures = evaluate_vae(Accelerator(cpu=True), model_of("image", likelihood=likelihood), Loader(rows_of("image"), 8), num_samples=2)

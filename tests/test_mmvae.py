@@ -1,15 +1,18 @@
 """The joint model: what is hidden was never there, rows are alone, the order of modalities means nothing, and bounds are bounds."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 from linear_gaussian import WIDTH, LinearGaussian, LinearGaussianConfig
 from test_models import IMAGE, TEXT, pictures, sentences
 from transformers import AutoConfig, AutoModel
 
 from mmvae import MMVAE, ImageVAE, ImageVAEConfig, MMVAEConfig, TextVAEConfig
+from mmvae.evaluation import evaluate_elbo
 from mmvae.noise import fold
 from mmvae.objectives import OBJECTIVES
 
@@ -132,6 +135,26 @@ def test_every_parameter_keeps_its_gradient_where_a_batch_lacks_a_modality(missi
         assert parameter.grad.isfinite().all(), name
     child = list(model.vaes.values())[missing]
     assert all((p.grad == 0).all() for n, p in child.named_parameters() if not n.startswith("latent_prior"))
+
+
+@pytest.mark.parametrize("present", [PRESENT, None])
+def test_only_components_that_a_row_has_are_decoded(present):
+    """BatchNorm sees no noise of the others, and they take no time."""
+    model, decoded = perturb(joint(aggregation="mopoe")).train(), []
+    model.vaes["image"].decoder.register_forward_hook(lambda _, given, __: decoded.append(given[0].shape[0]))
+    out = model(**batch(), present=present)
+    subsets = torch.ones(5, 2).bool() if present is None else present
+    components = 2 ** subsets.sum(1) - 1
+    assert decoded == [int(components[subsets[:, 0]].sum())]
+    assert out.loss.isfinite()
+
+
+def test_figures_need_no_objective_of_the_training():
+    options = {"aggregation": "poe", "inference_aggregation": "moe", "objective_options": {"free_bits": 0.1}}
+    model = joint(**options)
+    rows = [batch() | {"row": torch.arange(5), "row_weight": torch.ones(5), "num_rows": torch.tensor(5)}]
+    loader = SimpleNamespace(batches=lambda epoch: iter(rows), rank=0, world_size=1, num_rows=5)
+    assert evaluate_elbo(Accelerator(cpu=True), model, loader)["neg_elbo_nats"] > 0
 
 
 def test_drawing_one_component_gives_the_value_of_all_on_average():

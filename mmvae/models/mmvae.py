@@ -257,7 +257,7 @@ class MMVAE(JointGeneration):
         return latents, ratios
 
     def log_px(self, z: Tensor, q: JointPosterior, private: Mapping[str, Tensor] | None = None, **inputs: Any) -> dict[str, Tensor]:
-        """log p(x_m|z, w_m) of every modality, (S, K, B) nats; 0 where it is not present.
+        """log p(x_m|z, w_m) of every modality, (S, K, B) nats; 0 where it or the component is not present, and is not decoded.
 
         Arguments:
             z: (S, K, B, D).
@@ -265,20 +265,23 @@ class MMVAE(JointGeneration):
             private: w_m (S, K, B, *) by modality; the means of q(w_m|x_m) when None.
             inputs: as for :meth:`posterior`.
         """
-        given = self._given(inputs)
+        given, here = self._given(inputs), q.mixture.log_weights > -math.inf  # (K, B)
+        here = here.expand(-1, z.shape[2]) if len(here) == z.shape[1] else here.new_ones(z.shape[1:3])  # or one was drawn, of those present
         private = {name: w.loc.expand(*z.shape[:3], -1) for name, w in q.private.items()} if private is None else private
-        values = {}
+        values = dict.fromkeys(self.vaes, torch.zeros(z.shape[:3], device=z.device))
         for m, (name, vae) in enumerate(self.vaes.items()):
-            values[name] = torch.zeros(z.shape[:3], device=z.device)
             if not given.inputs[name]:
                 continue
-            rows, latent = some_rows(given.present[:, m]), torch.cat([z, private[name]], -1) if name in private else z
+            latent = torch.cat([z, private[name]], -1) if name in private else z
             conditions = self.source_of(name, q) | given.conditions[name]
-            with unless_seen(vae, given.present[:, m], rows):
-                p = vae.decode(latent if rows is None else latent[:, :, rows], **take_rows(conditions, rows))
+            scored = (here & given.present[:, m]).flatten()
+            rows = None if (pairs := some_rows(scored)) is None else pairs % z.shape[2]
+            with unless_seen(vae, scored, pairs):
+                p = vae.decode(latent if pairs is None else latent.flatten(1, 2)[:, pairs], **take_rows(conditions, rows))
                 log_prob = p.log_prob(vae.target(**take_rows(given.inputs[name], rows)))
-            if rows is not None:
-                log_prob = values[name].to(log_prob).index_copy(2, rows, torch.where(given.present[rows, m], log_prob, 0.0))
+            if pairs is not None:
+                blank = log_prob.new_zeros(len(z), len(scored))
+                log_prob = blank.index_copy(1, pairs, torch.where(scored[pairs], log_prob, 0.0)).view(z.shape[:3])
             values[name] = log_prob
         return values
 
