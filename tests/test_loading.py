@@ -67,6 +67,17 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert content_fingerprint(str(file)) != fingerprint
 
 
+def test_hidden_files_are_no_part_of_the_fingerprint(tmp_path):
+    file = folder(tmp_path / "set", ".txt")
+    fingerprint = content_fingerprint(str(file.parent))
+    for name in (".git/index", ".cache/huggingface/train.txt.metadata", ".DS_Store"):
+        (file.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (file.parent / name).write_text("x")
+        assert content_fingerprint(str(file.parent)) == fingerprint
+    (file.parent / "more.txt").write_text("x")
+    assert content_fingerprint(str(file.parent)) != fingerprint
+
+
 def test_picture_folder(tmp_path):
     for kind in ("cat", "dog"):
         (tmp_path / "set" / "train" / kind).mkdir(parents=True)

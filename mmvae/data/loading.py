@@ -312,8 +312,8 @@ def _describe(feature: Any) -> str:
 def content_fingerprint(name: str, rows: Any = None) -> str:
     """A digest that changes when data that is too large to be read at once changes, the same for every rank and run.
 
-    Of each local file the name, the size and the first and last 4 KiB; of a Hub id the id and the fingerprint that
-    `datasets` gives it.
+    Of each local file that is not hidden the name, the size and the first and last 4 KiB; of a Hub id the id and the
+    fingerprint that `datasets` gives it.
 
     Arguments:
         name: what the data set was loaded by.
@@ -326,6 +326,8 @@ def content_fingerprint(name: str, rows: Any = None) -> str:
     path = Path(name).expanduser()
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.is_file()
     for file in files:
+        if any(part.startswith(".") for part in file.relative_to(path).parts):
+            continue
         size = file.stat().st_size
         with file.open("rb") as stream:
             head = stream.read(4096)
