@@ -100,6 +100,27 @@ def test_tabs_part_a_tsv(tmp_path, alone):
     assert load_rows(str(tmp_path / "train.tsv" if alone else tmp_path))[:] == {"text": ["a, b", "NA"], "label": [1, 2]}
 
 
+@pytest.mark.parametrize("name", ["text", "./json", "csv", "imagefolder"])
+def test_a_folder_with_the_name_of_a_kind_of_file_is_read_and_not_the_working_directory(tmp_path, monkeypatch, name):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    Path("train.txt").write_text("another\n")
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist, expected a file, a folder"):
+        load_rows(name)
+    folder(Path(name), ".jsonl")
+    assert load_rows(name)["text"][:] == LINES
+
+
+def test_brackets_in_a_path_are_no_pattern(tmp_path):
+    for name in ("a[1]", "a1"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.txt").write_text(f"{name}\n")
+    assert load_rows(str(tmp_path / "a[1].txt"))["text"][:] == ["a[1]"]
+    with pytest.raises(ValueError, match=r"a\[1\] has one of \* \? \[ in its path, .* expected a folder without"):
+        load_rows(str(tmp_path / "a[1]"))
+
+
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "nothing.jsonl"])
 def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name):
     with pytest.raises(FileNotFoundError, match=f"{name} does not exist, expected a file, a folder"):

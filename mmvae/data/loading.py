@@ -16,6 +16,7 @@ makes of it in its own cache.
 """
 
 import functools
+import glob
 import hashlib
 import itertools
 from collections.abc import Iterable
@@ -130,7 +131,8 @@ def _load(dataset: str, streaming: bool, options: dict[str, Any], on_bad_row: st
     path = Path(dataset).expanduser()
     if path.exists():
         return _load_local(path, dataset, streaming, options, on_bad_row)
-    if dataset.startswith((".", "/", "~")) or path.suffix.lower() in _BUILDERS:
+    kind = dataset in {*_BUILDERS.values(), "imagefolder"} and not {"data_dir", "data_files"} & set(options)  # of the working directory
+    if dataset.startswith((".", "/", "~")) or path.suffix.lower() in _BUILDERS or kind:
         raise FileNotFoundError(f"{dataset} does not exist, expected a file, a folder, a Hub id or 'sprites'")
     try:
         return datasets.load_dataset(dataset, streaming=streaming, **options)
@@ -145,11 +147,13 @@ def _load(dataset: str, streaming: bool, options: dict[str, Any], on_bad_row: st
 
 def _load_local(path: Path, dataset: str, streaming: bool, options: dict[str, Any], on_bad_row: str) -> dict[str, Any]:
     files = [path] if path.is_file() else list(itertools.islice((file for file in path.rglob("*") if file.is_file()), 1000))
-    builder = _BUILDERS.get(path.suffix.lower()) if path.is_file() else str(path)
+    builder = _BUILDERS.get(path.suffix.lower()) if path.is_file() else str(path.resolve())  # "text" is a name of `datasets` itself
     if builder is None:
         raise ValueError(f"{dataset} has the ending {path.suffix!r}, expected one of {', '.join(_BUILDERS)}")
     _refuse_empty(files)
-    named = {"data_files": {"train": str(path)}} if path.is_file() else {}
+    if not path.is_file() and builder != glob.escape(builder):
+        raise ValueError(f"{dataset} has one of * ? [ in its path, which `datasets` takes for a pattern, expected a folder without")
+    named = {"data_files": {"train": glob.escape(str(path))}} if path.is_file() else {}
     if on_bad_row == "skip" and (lines := line_files(path)):
         return rows_of_lines(lines, streaming)
     try:
