@@ -21,7 +21,7 @@ from torch import Tensor
 from mmvae.data import BadRow, Column, ImageColumn, Rows, as_modalities, broken_lines, splits
 from mmvae.data.columns import Ragged, check_text
 from mmvae.data.lines import NoneKept, read_lines
-from mmvae.data.loading import features_of, line_files
+from mmvae.data.loading import features_of, local_files
 from mmvae.data.selection import file_row
 from mmvae.options import parse
 
@@ -83,9 +83,10 @@ def main() -> None:
     """Load, check, tell."""
     (args,) = parse(CheckArguments)
     path = Path(args.dataset).expanduser()
-    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path] * (path.suffix == ".jsonl")
-    problems = list(broken_lines(files))
-    told = {split: broken_rows(names) for split, names in line_files(path).items()} if path.exists() else {}
+    files = local_files(path) if path.is_file() or any(path.rglob("*.jsonl")) else {}
+    lines = {split: [name for name in names if name.lower().endswith(".jsonl")] for split, names in files.items()}
+    problems = list(broken_lines(dict.fromkeys(itertools.chain.from_iterable(lines.values()))))
+    told = {split: broken_rows(names) for split, names in lines.items()} if lines == files else {}  # beside pictures they are no rows
     try:
         loaded = splits(args.dataset, on_bad_row="skip")
     except BadRow as error:  # beside pictures, a line that is broken spoils them all

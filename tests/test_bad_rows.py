@@ -179,6 +179,24 @@ def test_lines_are_skipped_beside_files_that_are_no_data(tmp_path):
     assert load_rows(str(tmp_path), on_bad_row="skip")["text"][:] == ["w1", None]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_card_says_the_splits_where_bad_rows_are_skipped(tmp_path, capsys, monkeypatch, streaming):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("a", "heldout", "old"):
+        (data / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n" + json.dumps({"text": f"{name} again"}) + "\n")
+    files = "  - split: train\n    path: a.jsonl\n  - split: test\n    path: heldout.jsonl\n"
+    (data / "README.md").write_text(f"---\nconfigs:\n- config_name: mine\n  data_files:\n{files}---\n")
+    whole = load_rows(str(data), "test")["text"][:]
+    for split, expected in (("train", ["a", "a again"]), ("test", whole)):
+        assert [row["text"] for row in load_rows(str(data), split, on_bad_row="skip", streaming=streaming)] == expected
+    with (data / "heldout.jsonl").open("a") as file:
+        file.write("oh\n")
+    (data / "old.jsonl").write_text("oh\n")
+    told = checked(data, capsys, monkeypatch)
+    assert "heldout.jsonl: line 3" in told and "\n1 problems" in told and "old.jsonl" not in told
+
+
 MIXED = {
     "values": [{"id": 1}, {"id": "x"}],
     "keys": [{"id": 1}, {"name": "x"}],

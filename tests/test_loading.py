@@ -94,10 +94,41 @@ def test_words_that_pandas_takes_for_missing_values_stay_words(tmp_path):
     assert load_rows(str(file))[:] == {"text": ["None", "NA", "null"], "number": [1, 2, 3]}
 
 
+BESIDE = [".cache/huggingface/download/train.csv.metadata", ".git/hooks/commit.sample", "LICENSE.txt", "NOTICE", "stats.json", "README.md"]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # datasets leaves the csv files that it streams open
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_other_files_beside_a_csv_change_nothing(tmp_path, suffix, streaming):
+    data = tmp_path / "data"
+    for name in BESIDE:
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text("")
+    sep = "\t" if suffix == ".tsv" else ","
+    (data / f"train{suffix}").write_text(f"en{sep}de\nNone{sep}a\nnull{sep}\nNA{sep}NA\n")
+    rows = list(load_rows(str(data), streaming=streaming))
+    assert rows == [{"en": "None", "de": "a"}, {"en": "null", "de": None}, {"en": "NA", "de": "NA"}]
+    gc.collect()  # the warning about an open file comes here, not in a later test
+
+
+def test_missing_values_of_a_data_set_card_and_of_the_caller_hold(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n-\nNone\n?\n")
+    card = "---\nconfigs:\n- config_name: mine\n  data_files: a.csv\n  {}\n---\n"
+    given = {"": ["-", "None", "?"], "na_values: ['-']": [None, None, "?"], "keep_default_na: false": ["-", "None", "?"]}
+    for told, expected in given.items():
+        (tmp_path / "README.md").write_text(card.format(told))
+        assert load_rows(str(tmp_path))["text"][:] == expected
+    for path in (tmp_path, tmp_path / "a.csv"):
+        assert load_rows(str(path), keep_default_na=False, na_values=["?"])["text"][:] == ["-", "None", None]
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_tabs_part_a_tsv(tmp_path, alone):
-    (tmp_path / "train.tsv").write_text("text\tlabel\na, b\t1\nNA\t2\n")
-    assert load_rows(str(tmp_path / "train.tsv" if alone else tmp_path))[:] == {"text": ["a, b", "NA"], "label": [1, 2]}
+    file = tmp_path / "data" / "train.tsv"
+    file.parent.mkdir()
+    file.write_text("text\tlabel\na, b\t1\nNA\t2\n")
+    assert load_rows(str(file if alone else file.parent))[:] == {"text": ["a, b", "NA"], "label": [1, 2]}
 
 
 @pytest.mark.parametrize("name", ["text", "./json", "csv", "imagefolder"])

@@ -12,13 +12,14 @@ r"""Any data set by one name: the built-in sprites, a local file or folder, or a
 | anything else                            | an id on the Hub                                                                        |
 
 A name that exists on disk is never looked up on the Hub. Nothing is written beside the data: `datasets` keeps what it
-makes of it in its own cache.
+makes of it in its own cache. It also says which files of a folder are data, of which split, by their names or by the data
+set card. Of local csv files only an empty cell is a missing value, where nobody says otherwise; of those of the Hub, and of
+a ``metadata.csv`` beside pictures, the words "NA", "None", "null" and their like are missing values, too.
 """
 
 import functools
 import glob
 import hashlib
-import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 import datasets
 import pyarrow
 import torch
+from datasets.packaged_modules.csv.csv import CsvConfig
 from huggingface_hub.errors import HFValidationError
 
 from mmvae.data.digits import add_words
@@ -54,7 +56,7 @@ _COMMON = {
     "text": ("text", "caption", "sentence", "content", "question", "document"),
     "label": ("label", "labels", "class", "category", "fine_label"),
 }
-_BESIDE = {"LICENSE", "LICENCE", "COPYING", "NOTICE", "README"}  # files that are no data
+_WORDS = {"keep_default_na": False, "na_values": [""]}  # of a csv file: "NA", "None" and "null" are words, an empty cell is missing
 _SPLITS = ("train", "validation", "test")
 _MOST_CLASSES = 65_536  # a label beyond is no number of a class
 _HELD_OUT = 0x68656C64
@@ -131,8 +133,8 @@ def _load(dataset: str, streaming: bool, options: dict[str, Any], on_bad_row: st
     path = Path(dataset).expanduser()
     if path.exists():
         return _load_local(path, dataset, streaming, options, on_bad_row)
-    kind = dataset in {*_BUILDERS.values(), "imagefolder"} and not {"data_dir", "data_files"} & set(options)  # of the working directory
-    if dataset.startswith((".", "/", "~")) or path.suffix.lower() in _BUILDERS or kind:
+    here = dataset in {*_BUILDERS.values(), "imagefolder"} and not options  # `datasets` would read the working directory
+    if dataset.startswith((".", "/", "~")) or path.suffix.lower() in _BUILDERS or here:
         raise FileNotFoundError(f"{dataset} does not exist, expected a file, a folder, a Hub id or 'sprites'")
     try:
         return datasets.load_dataset(dataset, streaming=streaming, **options)
@@ -146,51 +148,58 @@ def _load(dataset: str, streaming: bool, options: dict[str, Any], on_bad_row: st
 
 
 def _load_local(path: Path, dataset: str, streaming: bool, options: dict[str, Any], on_bad_row: str) -> dict[str, Any]:
-    files = [path] if path.is_file() else list(itertools.islice((file for file in path.rglob("*") if file.is_file()), 1000))
-    builder = _BUILDERS.get(path.suffix.lower()) if path.is_file() else str(path.resolve())  # "text" is a name of `datasets` itself
-    if builder is None:
-        raise ValueError(f"{dataset} has the ending {path.suffix!r}, expected one of {', '.join(_BUILDERS)}")
+    builder = _builder(path, dataset, options)
+    found = _data_files(builder)
+    files = sorted(Path(name) for names in found.values() for name in names)
     _refuse_empty(files)
-    if not path.is_file() and builder != glob.escape(builder):
-        raise ValueError(f"{dataset} has one of * ? [ in its path, which `datasets` takes for a pattern, expected a folder without")
-    named = {"data_files": {"train": glob.escape(str(path))}} if path.is_file() else {}
-    if on_bad_row == "skip" and (lines := line_files(path)):
-        return rows_of_lines(lines, streaming)
+    if on_bad_row == "skip" and all(file.suffix.lower() == ".jsonl" and file.is_file() for file in files):
+        return rows_of_lines(found, streaming)
     try:
-        return datasets.load_dataset(builder, **named, streaming=streaming, **_csv(files), **options)
+        if streaming:
+            return builder.as_streaming_dataset()
+        how = {name: options[name] for name in ("download_config", "download_mode", "num_proc", "verification_mode") if name in options}
+        builder.download_and_prepare(**how)
+        return builder.as_dataset(in_memory=options.get("keep_in_memory", False))
     except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
-        for broken in broken_lines(sorted(file for file in files if file.suffix.lower() == ".jsonl")):
+        for broken in broken_lines(file for file in files if file.suffix.lower() == ".jsonl"):
             raise BadRow(broken) from error
         raise BadRow(f"{dataset}: {error.__cause__ or error}") from error
 
 
-def line_files(path: Path) -> dict[str, list[str]]:
-    """The JSON-lines files of a file or folder by split, in order; none where they are not all of the data, but beside pictures, say."""
+def _builder(path: Path, dataset: str, options: dict[str, Any]) -> datasets.DatasetBuilder:
+    """What `datasets` reads a file or folder with, which knows the files of every split. Options and a data set card go before _WORDS."""
+    options = {name: value for name, value in options.items() if name not in ("keep_in_memory", "num_proc", "verification_mode")}
+    source = str(path.resolve())  # "text" is a name of `datasets` itself
     if path.is_file():
-        return {"train": [str(path)]} if path.suffix.lower() == ".jsonl" else {}
-    shown = (file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts))
-    kinds = {file.suffix.lower() for file in shown if file.is_file() and file.stem.upper() not in _BESIDE} - {".md", ""}
-    found = datasets.load_dataset_builder("text", data_dir=str(path)).config.data_files if kinds == {".jsonl"} else {}
-    chosen = {str(split): [file for file in names if file.endswith(".jsonl")] for split, names in found.items()}
-    return {split: names for split, names in chosen.items() if names}
+        suffix = path.suffix.lower()
+        if suffix not in _BUILDERS:
+            raise ValueError(f"{dataset} has the ending {path.suffix!r}, expected one of {', '.join(_BUILDERS)}")
+        source, tabs = _BUILDERS[suffix], {"sep": "\t"} if suffix == ".tsv" else {}
+        options = {"data_files": {"train": glob.escape(str(path))}} | tabs | options
+    elif source != glob.escape(source):
+        raise ValueError(f"{dataset} has one of * ? [ in its path, which `datasets` takes for a pattern, expected a folder without")
+    builder = datasets.load_dataset_builder(source, **options)
+    config = builder.config
+    if isinstance(config, CsvConfig) and config.keep_default_na and config.na_values is None:
+        return datasets.load_dataset_builder(source, **_WORDS | options)
+    return builder
 
 
-def _refuse_empty(files: Iterable[Path]) -> None:
+def _data_files(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
+    return {str(split): list(names) for split, names in builder.config.data_files.items()}
+
+
+def local_files(path: Path) -> dict[str, list[str]]:
+    """The files that are read of a file or folder, by split, in order: not what lies beside them, as a licence does."""
+    return _data_files(_builder(path, str(path), {}))
+
+
+def _refuse_empty(files: list[Path]) -> None:
     """Name an empty table, of which `datasets` says only that something failed; files beside pictures are not tables."""
-    kinds = {file.suffix.lower() for file in files} - {".md", ""}
-    for file in sorted(files) if kinds <= set(_BUILDERS) else ():
-        if file.suffix.lower() in _BUILDERS and file.stat().st_size < 4096 and not file.read_bytes().strip():
+    tables = {file.suffix.lower() for file in files} <= set(_BUILDERS)
+    for file in files if tables else ():
+        if file.is_file() and file.stat().st_size < 4096 and not file.read_bytes().strip():
             raise ValueError(f"{file} is empty, expected rows")
-
-
-def _csv(files: Iterable[Path]) -> dict[str, Any]:
-    """Options under which the words "NA", "None" and "null" stay words, only an empty cell is a missing value, and tabs part a tsv."""
-    files = list(files)
-    kinds = {_BUILDERS.get(file.suffix.lower(), file.suffix.lower()) for file in files} - {".md", ""}
-    if kinds != {"csv"}:
-        return {}
-    tabs = {"sep": "\t"} if any(file.suffix.lower() == ".tsv" for file in files) else {}
-    return {"keep_default_na": False, "na_values": [""]} | tabs
 
 
 def _find(loaded: Iterable[str], split: str) -> str | None:
@@ -328,10 +337,9 @@ def content_fingerprint(name: str, rows: Any = None) -> str:
     """
     digest = hashlib.sha256(name.encode() if not Path(name).exists() else b"")
     path = Path(name).expanduser()
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.is_file()
+    shown = (file for file in sorted(path.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(path).parts))
+    files = [file for file in shown if file.is_file()] if path.is_dir() else [path] * path.is_file()
     for file in files:
-        if any(part.startswith(".") for part in file.relative_to(path).parts):
-            continue
         size = file.stat().st_size
         with file.open("rb") as stream:
             head = stream.read(4096)
