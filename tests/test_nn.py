@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, ResidualBlock, ScaledMean, fold_leading, receptive_radius
+from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, GroupNorm, ResidualBlock, ScaledMean, _Grouped, fold_leading, receptive_radius
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -23,6 +23,24 @@ def test_a_residual_block_whose_second_convolution_is_zero_is_the_identity():
     x = torch.randn(2, 4, 5, 5)
     assert torch.equal(block(x), x)
     assert block.conv2.starts_at_zero
+
+
+def test_group_norm_is_that_of_torch():
+    ours, torchs = GroupNorm(3, 6), nn.GroupNorm(3, 6)
+    x, grads = torch.randn(4, 6, 5, 3) * 2 + 7, []
+    with torch.no_grad():
+        for each in (ours, torchs):
+            each.weight.copy_(torch.arange(1.0, 7.0)), each.bias.copy_(-torch.arange(6.0))
+    for norm, given in ((ours, x.to(memory_format=torch.channels_last)), (torchs, x)):
+        given.requires_grad_()
+        y = norm(given)
+        (y * torch.arange(y.numel()).view_as(y).sin()).sum().backward()
+        grads.append([y, given.grad, norm.weight.grad, norm.bias.grad])
+    assert grads[0][0].is_contiguous(memory_format=torch.channels_last)
+    for own, true in zip(*grads, strict=True):
+        torch.testing.assert_close(own, true, rtol=1e-4, atol=1e-4)
+    wide = [value.detach().double().requires_grad_() for value in (grads[0][0], ours.weight, ours.bias)]
+    assert torch.autograd.gradcheck(lambda *given: _Grouped.apply(*given, 3, 1e-5), wide)
 
 
 def test_group_norm_takes_any_width():
