@@ -13,6 +13,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from mmvae import checkpoint
 from mmvae.checkpoint import CheckpointError
@@ -38,6 +39,9 @@ def state_of(accelerator: Accelerator, objects: Mapping[str, Any]) -> dict[str, 
 def load_state(source: Path, accelerator: Accelerator, objects: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Load a saved state into the objects; names, shapes, dtypes and groups of all of them are checked before any is changed.
 
+    An optimizer whose learning rate comes from a ``LambdaLR`` (what ``get_scheduler`` of transformers gives) takes up moments and counts
+    only: the rate at every step, the weight decay and the betas are those that it was made with now.
+
     Raises:
         CheckpointError: naming ``source``, the entry, what it has and what was expected.
     """
@@ -45,6 +49,7 @@ def load_state(source: Path, accelerator: Accelerator, objects: Mapping[str, Any
         raise CheckpointError(f"{source}: has the entries {sorted(state)}, expected {sorted(objects)}")
     for name, value in objects.items():
         _check(f"{source}: entry {name!r}", value, state[name])
+    state = _with_own_rates(objects, state)
     options = sharded.StateDictOptions(full_state_dict=True)
     for name, value in objects.items():
         if accelerator.distributed_type == DistributedType.FSDP and isinstance(value, nn.Module):
@@ -55,6 +60,23 @@ def load_state(source: Path, accelerator: Accelerator, objects: Mapping[str, Any
             (unwrap(value) if isinstance(value, nn.Module) else value).load_state_dict(state[name])
             if isinstance(value, Optimizer):
                 keep_layout(_inner(value))
+
+
+def _with_own_rates(objects: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved state with the hyperparameters of the objects, and the learning rates of the saved step that follow from them."""
+    state = dict(state)
+    for name, scheduler in objects.items():
+        if not isinstance(scheduler, LambdaLR):
+            continue  # there the saved rate may be a function of all steps before
+        rates = [base * factor(state[name]["last_epoch"]) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        own = {"base_lrs": scheduler.base_lrs, "_last_lr": rates, "lr_lambdas": [None] * len(rates)}
+        state[name] = state[name] | own
+        for entry, optimizer in objects.items():
+            if isinstance(optimizer, Optimizer) and _inner(optimizer) is _inner(scheduler.optimizer):
+                groups = zip(optimizer.param_groups, state[entry]["param_groups"], rates, strict=True)
+                merged = [now | {"params": then["params"], "lr": rate} for now, then, rate in groups]
+                state[entry] = state[entry] | {"param_groups": merged}
+    return state
 
 
 def keep_layout(optimizer: Optimizer) -> None:

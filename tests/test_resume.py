@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from mmvae import checkpoint
 from mmvae.checkpoint import CheckpointError
 from mmvae.snapshot import keep_layout
+from mmvae.training import fit
 
 TOY = Path(__file__).with_name("distributed_toy.py")
 STEPS = 6  # two epochs of three batches, the last one incomplete
@@ -153,6 +154,20 @@ def test_another_configuration_is_refused_field_by_field(tmp_path):
         allow_changes=["config.hidden", "batch_size", "seed"],
     )
     assert result.step == STEPS
+
+
+def test_changed_hyperparameters_hold_after_resuming(reference, tmp_path):
+    shutil.copytree(reference / "step-00000003", tmp_path / "step-00000003")
+    seen, own = [], {"weight_decay": 0.5, "betas": (0.8, 0.9)}
+
+    def hook(_):
+        seen.append({name: optimizer.param_groups[0][name] for name in ("lr", *own)})
+
+    accelerator, step, loader, arguments = make(lr=0.02, hook=hook)
+    optimizer = arguments["state"]["optimizer"]
+    optimizer.param_groups[0].update(own)
+    fit(accelerator, step, loader, folder=tmp_path, **arguments)
+    assert seen == [{"lr": 0.02 * (1 / (1 + 0.1 * n))} | own for n in (3, 4, 5)]
 
 
 def test_what_does_not_fit_changes_nothing(reference, tmp_path):
