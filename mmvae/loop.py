@@ -324,10 +324,16 @@ def train_epoch(run: Run, step: Step, loader: Batches, signals: Signals) -> None
         torch.manual_seed(fold(run.seed, at.step, accelerator.process_index))
         values = step(to_device(accelerator.device, batch), at.step)
         run.record(values, batch)
-        batch = next(batches, None)  # made on the host while the device still works on the step
+        failure = None
+        try:
+            batch = next(batches, None)  # made on the host while the device still works on the step
+        except Exception as error:  # the step is done, and a row after the last step is nobody's
+            failure = error
         at.step += 1
         at.epoch, at.batch = (at.epoch + 1, 0) if batch is None else (at.epoch, at.batch + 1)
         run.settle(signals)
+        if failure is not None and not run.done():
+            raise failure
 
 
 def to_device(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One step is the same however its rows are split; what is not finite is never taken; evaluation does not depend on the batch size."""
 
+import contextlib
 import json
 import math
 
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from distributed_toy import ToyLoader, ToyModel, make, run
 
 from mmvae import ImageVAE, ImageVAEConfig, checkpoint
+from mmvae.data import BadRow
 from mmvae.training import EMA, evaluate, fit, load_weights, micro_batches, unwrap, update
 
 
@@ -351,6 +353,25 @@ def test_the_learning_rate_depends_on_the_step_alone(tmp_path):
     _, other = run(tmp_path / "b", accumulation=4)
     assert state["scheduler"].last_epoch == other["scheduler"].last_epoch == 6
     assert state["optimizer"].param_groups[0]["lr"] == pytest.approx(0.05 / 1.6)
+
+
+class Spoilt(ToyLoader):
+    """Batch 2 cannot be read."""
+
+    def batches(self, epoch, start=0):
+        for number, batch in enumerate(super().batches(epoch, start), start):
+            if number == 2:
+                raise BadRow("rows: row 9, field 'image': cut short")
+            yield batch
+
+
+def test_a_row_after_the_last_step_ends_no_run_and_one_before_costs_no_step(tmp_path):
+    for max_steps in (2, 3):
+        accelerator, step, _, arguments = make(num_epochs=None, max_steps=max_steps, save_every=2)
+        with pytest.raises(BadRow, match="row 9") if max_steps == 3 else contextlib.nullcontext():
+            fit(accelerator, step, Spoilt(), folder=tmp_path / str(max_steps), **arguments)
+        state, _ = checkpoint.load(checkpoint.newest(tmp_path / str(max_steps))[0])
+        assert [state["progress"][name] for name in ("step", "epoch", "batch")] == [2, 0, 2]
 
 
 @pytest.mark.parametrize(
