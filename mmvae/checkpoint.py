@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from mmvae.folder import FolderError, clear_temporary, read_manifest, seal, sha256, sync, umask, write_text
 from mmvae.tree import compare, join, split
 
-__all__ = ["CheckpointError", "compare", "find", "load", "newest", "save", "verify"]
+__all__ = ["CheckpointError", "choose", "compare", "find", "load", "newest", "save", "verify"]
 
 _FORMAT = 1
 _FOLDER = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
@@ -58,6 +58,7 @@ def save(
     best: int | None = None,
     info: Mapping[str, Any] | None = None,
     damaged: Collection[Path] = (),
+    origin: str | None = None,
 ) -> Path:
     """Write one checkpoint atomically, then delete the old ones that nothing protects.
 
@@ -74,6 +75,7 @@ def save(
         best: step of the best checkpoint so far.
         info: JSON values that describe the run (configuration, fingerprint of the data, ...); see :func:`compare`.
         damaged: folders known to be, as those that :func:`newest` passed over.
+        origin: the checkpoint of another folder that the run began with; see :func:`choose`.
 
     Returns:
         The folder written, ``root/step-<step>``.
@@ -96,7 +98,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         files = _write_state(temporary, state)
-        write_text(temporary / "manifest.json", seal(_manifest(step, files, dict(info or {}))))
+        write_text(temporary / "manifest.json", seal(_manifest(step, files, dict(info or {}), origin)))
         sync(temporary)
         target = _free_name(root, step)
         temporary.rename(target)
@@ -136,7 +138,7 @@ def _write_state(folder: Path, state: Mapping[str, Any]) -> dict[str, dict[str, 
     return {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in written}
 
 
-def _manifest(step: int, files: dict[str, dict[str, Any]], info: dict[str, Any]) -> dict[str, Any]:
+def _manifest(step: int, files: dict[str, dict[str, Any]], info: dict[str, Any], origin: str | None) -> dict[str, Any]:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     text = json.dumps(info, sort_keys=True, allow_nan=False)
     return {
@@ -146,6 +148,7 @@ def _manifest(step: int, files: dict[str, dict[str, Any]], info: dict[str, Any])
         "num_threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in ("torch", "transformers", "mmvae")},
         "info": json.loads(json.dumps(info)),
+        "origin": origin,
         "info_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "files": files,
     }
@@ -225,6 +228,38 @@ def newest(root: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
         else:
             return folder, passed_over
     return None, passed_over
+
+
+def choose(root: str | Path, resume: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The checkpoint that a run in ``root`` goes on from; it may be of another folder, and is verified when it is loaded.
+
+    Arguments:
+        root: the run's own folder.
+        resume: "auto": the newest there; "never": there must be none; else a path, and where the checkpoints in ``root`` are of a run
+            that began with it, the newest of those.
+
+    Returns:
+        The folder, or None to start anew, and what :func:`newest` passed over in ``root``.
+
+    Raises:
+        CheckpointError: ``root`` holds checkpoints that are not to be there, or newer ones that would be gone on from next time.
+    """
+    root = Path(root)
+    last, passed_over = newest(root)
+    if resume == "never" and (last or passed_over):
+        raise CheckpointError(f"{root}: holds checkpoints, and resume='never': expected an empty folder, or resume='auto'")
+    if resume in ("auto", "never"):
+        return last, passed_over
+    given, chosen = Path(resume), Path(resume).resolve()
+    if last is not None and chosen.parent != root.resolve():
+        if _read_manifest(last).get("origin") == str(chosen):
+            return last, passed_over
+        expected = "an empty folder, or resume='auto' to go on from it"
+        raise CheckpointError(f"{root}: {last.name} is of a run that did not begin with {given}; expected {expected}")
+    if last is not None and chosen.is_dir() and chosen.name < last.name:
+        expected = f"{last.name}, the newest, another folder to write into, or that newer checkpoints are deleted first"
+        raise CheckpointError(f"{given}: {last.name} is newer, and would be gone on from next time; expected {expected}")
+    return given, passed_over
 
 
 def find(root: str | Path, step: int) -> Path | None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -82,6 +83,7 @@ class Run:
     saved: tuple[int, int] = (0, 0)  # (step, step of the last evaluation) of the last checkpoint
     last: Path | None = None
     damaged: list[Path] = field(default_factory=list)  # checkpoints that were passed over
+    origin: str | None = None  # the checkpoint of another folder that it began with
     seconds: float = 0.0
     lap: tuple[float, int, int] = (0.0, 0, 0)  # time, steps, rows since when rates are counted
 
@@ -264,7 +266,7 @@ class Run:
         self.saved = (at.step, at.evaluated)
         if self.accelerator.is_main_process:
             state |= {"progress": asdict(at), "clock": {"seconds": self.elapsed()}}
-            options = {"keep": self.keep, "best": at.best_step, "info": self.info, "damaged": self.damaged}
+            options = {"keep": self.keep, "best": at.best_step, "info": self.info, "damaged": self.damaged, "origin": self.origin}
             self.last = checkpoint.save(self.folder, at.step, state, **options)
         self.lap = (time.monotonic(), 0, 0)
 
@@ -279,6 +281,10 @@ class Run:
                 raise CheckpointError(told + "\n  ".join(changes))
             clock, progress = saved.pop("clock"), Progress(**saved.pop("progress"))
             load_state(source, self.accelerator, self.state, saved)
+            self.origin = manifest.get("origin")
+            if source.resolve().parent != self.folder.resolve():
+                self.origin = str(source.resolve())
+                progress.best_step, progress.best_value, progress.stale = None, None, 0  # the best so far lies there, not here
             self.progress, self.seconds, self.last = progress, clock["seconds"], source
             self.saved = (progress.step, progress.evaluated)
         if self.accelerator.is_main_process:
@@ -290,24 +296,13 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def choose(self, resume: str | Path) -> Path | None:
-        source, passed_over = checkpoint.newest(self.folder)
-        if resume not in ("auto", "never"):
-            chosen = Path(resume).resolve()
-            if source is not None and chosen.parent == self.folder.resolve() and chosen.is_dir() and chosen.name < source.name:
-                expected = f"{source.name}, the newest, another folder to write into, or that newer checkpoints are deleted first"
-                raise CheckpointError(f"{resume}: {source.name} is newer, and would be gone on from next time; expected {expected}")
-            return Path(resume)
-        if resume == "never" and (source or passed_over):
-            raise CheckpointError(f"{self.folder}: holds checkpoints, and resume='never': expected an empty folder, or resume='auto'")
+        source, passed_over = checkpoint.choose(self.folder, resume)
         self.damaged = [path for path, _ in passed_over]
         for path, reason in passed_over:
             self.say(f"passed over {path.name}: {reason}")
-        step = torch.tensor([-1 if source is None else int(source.name[5:13])], device=self.accelerator.device)
-        steps = self.accelerator.gather(step).tolist()
-        if len(set(steps)) > 1:
-            raise CheckpointError(
-                f"{self.folder}: the ranks see different newest checkpoints (steps {steps}): is the folder shared by all of them?"
-            )
+        names = gather_object([source and source.name])
+        if len(set(names)) > 1:
+            raise CheckpointError(f"{self.folder}: the ranks would go on from {names}, expected the same: is the folder shared by all?")
         return source
 
 

@@ -164,7 +164,8 @@ def fit(
         save_every: steps between checkpoints; improvements and the end are saved too.
         keep: checkpoints to keep besides the best.
         resume: ``"auto"``: from the newest checkpoint that verifies, or from the start; ``"never"``: refuses a folder
-            with checkpoints; else a path.
+            with checkpoints; else a path. One of another folder is only begun with: later lives go on from what ``folder`` has since then,
+            and the best is the best of ``folder``.
         info: JSON that describes the run (config, batch size, ...). Resuming with other values is refused.
         allow_changes: fields of ``info`` that may differ.
         seed: ``torch.manual_seed(fold(seed, step, rank))`` is called before every step.

@@ -133,6 +133,35 @@ def test_an_explicit_checkpoint_and_never(reference, tmp_path):
     assert digest(tmp_path / "fresh") == digest(reference)
 
 
+def test_a_run_that_began_with_a_checkpoint_of_another_folder_goes_on_in_its_own(reference, tmp_path):
+    options, steps = {"resume": reference / "step-00000003", "num_epochs": 3}, []
+
+    def hook(n):
+        steps.append(n)
+        if steps == [3, 4]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        run(tmp_path, hook=hook, **options)
+    damage(tmp_path / "step-00000005" / "model.safetensors", "flip")
+    result, _ = run(tmp_path, hook=hook, **options)
+    assert steps == [3, 4, 4, 5, 6, 7, 8]
+    left = {f"step-{step:08d}" for step in (5, 8, 9)}  # the damaged one and two more
+    assert {path.name for path in tmp_path.glob("step-*")} == left and result.step == 9
+    run(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="other: step-00000006 is of a run that did not begin with .*; expected an empty folder"):
+        run(tmp_path / "other", **options)
+
+
+def test_a_run_that_began_in_another_folder_keeps_a_best_of_its_own(reference, tmp_path):
+    shutil.copytree(reference / "step-00000003", tmp_path / "a" / "step-00000003")
+    state, manifest = checkpoint.load(tmp_path / "a" / "step-00000003")
+    state["progress"] |= {"best_step": 3, "best_value": -1e9}
+    given = checkpoint.save(tmp_path / "b", 3, state, info=manifest["info"])
+    result, _ = run(tmp_path / "c", resume=given)
+    assert (result.best_step, result.checkpoint) == (6, tmp_path / "c" / "step-00000006")
+
+
 def test_an_older_checkpoint_of_the_same_folder_is_refused_until_the_newer_ones_are_gone(reference, tmp_path):
     shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
     with pytest.raises(CheckpointError, match="step-00000006 is newer, and would be gone on from next time; expected"):
