@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -96,6 +96,27 @@ def locked(folder: Path, patience: float = 10.0) -> Iterator[str | None]:
         return
     with file:
         yield _lock(file, folder, time.monotonic() + patience)
+
+
+def stranger(folder: Path, rank: int, agree: Callable[[int], int], patience: float = 10.0) -> int:
+    """The rank that does not see what rank 0 writes into a folder, as on a machine that does not share it; 0 for none.
+
+    Arguments:
+        folder: the folder; rank 0 has it.
+        rank: of this process; all of them call it.
+        agree: gives the greatest of a number over the ranks.
+        patience: seconds to wait for what another machine has written.
+    """
+    mine = folder / f".shared-{os.getpid()}"
+    if rank == 0:
+        mine.touch()
+    mark, until = folder / f".shared-{agree(0 if rank else os.getpid())}", time.monotonic() + patience
+    while not mark.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    lost = agree(0 if mark.exists() else rank)
+    if rank == 0:
+        mine.unlink()
+    return lost
 
 
 def _lock(file: Any, folder: Path, until: float) -> str | None:

@@ -29,7 +29,7 @@ from mmvae import checkpoint
 from mmvae.checkpoint import CheckpointError
 from mmvae.loop import Batches, Run, Step, to_device, train_epoch
 from mmvae.optimization import EMA, lay_out_gradients, micro_batches, unwrap, update
-from mmvae.processes import Signals, locked
+from mmvae.processes import Signals, locked, stranger
 from mmvae.snapshot import load_weights
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def fit(
         loader: :class:`Batches`; its ``fingerprint`` becomes part of ``info``.
         state: entries that make up the run, each with ``state_dict`` and ``load_state_dict``: model, optimizer,
             scheduler, ema, ...
-        folder: checkpoints and ``history.jsonl`` are written here.
+        folder: checkpoints and ``history.jsonl`` are written here; one that all machines share.
         evaluate: run on every rank, returns the same figures on each.
         eval_every: steps between evaluations; None: at the end of every epoch. The end of the run is always evaluated.
         monitor: figure of ``evaluate`` that decides which checkpoint is the best; None: none is.
@@ -177,7 +177,7 @@ def fit(
 
     Raises:
         CheckpointError: no resuming from that folder; says which file and why, or which fields of ``info`` differ. Or the folder
-            cannot be written, or another process trains into it, which is waited for ten seconds.
+            cannot be written, or not every rank sees it, or another process trains into it, which is waited for ten seconds.
         FloatingPointError: ``max_skipped`` steps in a row were not finite, or a gradient scaler has shrunk below 1; names the
             step, the rows, their ranks and the last good checkpoint.
         SystemExit: after SIGTERM (143) or SIGINT (130).
@@ -203,6 +203,8 @@ def fit(
     with locked(run.folder) if accelerator.is_main_process else contextlib.nullcontext() as refusal, Signals() as signals:
         if run.agree(refusal is not None):
             raise CheckpointError(refusal or f"{folder}: the main process was refused")
+        if accelerator.num_processes > 1 and (lost := stranger(run.folder, accelerator.process_index, run.agree)):
+            raise CheckpointError(f"{folder}: rank {lost} does not see what the main process wrote there, expected a folder that all share")
         run.restore(resume, set(allow_changes))
         for entry in state.values():
             if isinstance(entry, DistributedDataParallel):

@@ -156,7 +156,8 @@ def train(options):
     os._exit(0)  # the teardown of gloo sometimes aborts after all work is done
 
 
-def _outcome(world, folder, stop_at=None, raise_at=None, **options):
+def _outcome(world, folder, stop_at=None, raise_at=None, apart=False, **options):
+    folder = Path(folder, str(world.process_index)) if apart else Path(folder)  # as on machines that share none
     if raise_at is not None and world.process_index == world.num_processes - 1:  # what a row that only one rank reads does
 
         def refuse(n):

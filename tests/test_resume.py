@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ from endurance import soak
 from test_checkpoint import damage
 from tqdm.auto import tqdm
 
-from mmvae import checkpoint
+from mmvae import checkpoint, training
 from mmvae.checkpoint import CheckpointError
+from mmvae.processes import stranger
 from mmvae.snapshot import keep_layout
 from mmvae.training import fit
 
@@ -374,6 +376,14 @@ def test_one_rank_that_is_not_finite_stops_all(ranks):
 def test_all_ranks_refuse_together(ranks):
     _, reports = ranks
     assert all("seed: 0 -> 5" in report[7]["error"] for report in reports)
+
+
+def test_a_folder_that_the_ranks_do_not_share_is_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "stranger", partial(stranger, patience=0.1))
+    launch({"report": str(tmp_path), "runs": [{"folder": str(tmp_path / "run"), "apart": True}]}, tmp_path / "said.txt", world=2)
+    for rank in range(2):
+        (outcome,) = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert f"run/{rank}: rank 1 does not see what the main process wrote there, expected a folder" in outcome["error"]
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(ranks, tmp_path):
