@@ -48,7 +48,7 @@ _FREE = {
     "log_every", "most_bad_rows", "num_workers", "output_dir", "push_to_hub", "resume", "save_every", "streaming", "tracker",
 }  # fmt: skip
 _MOST_STREAMED = 100_000  # rows of a stream, which may have no end, that densities are fitted to
-_PLACES = ("dataset", "output_dir", "vae")  # may be paths of this machine; the data set's name is told by itself
+_PLACES = ("dataset", "output_dir", "resume", "vae")  # may be paths of this machine; the data set's name is told by itself
 
 
 def precision(wanted: str) -> str:
@@ -78,7 +78,7 @@ def start(args: RunArguments) -> Accelerator:
     logging.basicConfig(format="%(message)s")  # others at WARNING: at INFO the Hub's client logs addresses, signatures included
     logging.getLogger("mmvae").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if args.tracker:
-        flat = {name: value for name, value in asdict(args).items() if isinstance(value, int | float | str) and name not in _PLACES}
+        flat = {name: value for name, value in _told(args).items() if isinstance(value, int | float | str)}
         accelerator.init_trackers("mmvae", config=public(flat))
     return accelerator
 
@@ -270,6 +270,11 @@ def train(
     return result
 
 
+def _told(args: RunArguments) -> dict[str, Any]:
+    """The options that metrics and trackers are told: not where things lie on this machine or go on the Hub."""
+    return {name: value for name, value in asdict(args).items() if not name.startswith("hub_") and name not in _PLACES}
+
+
 def _without_place(word: str) -> str:
     """A word of a command line; of an absolute path outside the working and the home directory, only the last part."""
     option, equals, value = word.rpartition("=")
@@ -328,9 +333,8 @@ def finish(
         processor.save_pretrained(folder)
         curves([{k: v for k, v in line.items() if k != "epoch"} for line in result.history], folder / "figures" / "curves.png")
         sentences = draw(model, folder / "figures") if draw else {}
-        told = {name: value for name, value in asdict(args).items() if not name.startswith("hub_") and name not in _PLACES}
-        told |= {"mixed_precision": accelerator.mixed_precision}  # what "auto" became
-        options = {"best_step": result.best_step or result.step, "parameters": model.num_parameters()} | told
+        options = {"best_step": result.best_step or result.step, "parameters": model.num_parameters()} | _told(args)
+        options |= {"mixed_precision": accelerator.mixed_precision}  # what "auto" became
         record = {"seconds": result.seconds, "dataset": args.dataset, "split": split, "hyperparameters": options}
         write_metrics(folder, figures, **record, argv=[_without_place(word) for word in sys.argv])
         write_card(folder, repo_id=args.hub_model_id, sentences=sentences)
