@@ -33,6 +33,7 @@ from mmvae.phases import begin, build_phases, check_objectives, check_reach, che
 from mmvae.processes import keep_memory
 from mmvae.processing import ImageVAEImageProcessor, load_tokenizer, train_tokenizer
 from mmvae.record import public, without_place
+from mmvae.snapshot import check_whole
 from mmvae.training import Result, fit, load_weights
 
 __all__ = [
@@ -65,8 +66,13 @@ def precision(wanted: str) -> str:
 
 
 def build_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
-    """An accelerator at the precision that :func:`precision` gives. On a CPU the process keeps the memory that it frees."""
+    """An accelerator at the precision that :func:`precision` gives. On a CPU the process keeps the memory that it frees.
+
+    Raises:
+        ValueError: the launch configuration shares the weights out, as FSDP does, which the recipes do not support.
+    """
     accelerator = Accelerator(mixed_precision=precision(mixed_precision), **options)
+    check_whole(accelerator)
     if accelerator.device.type == "cpu":
         keep_memory()
     return accelerator

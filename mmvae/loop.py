@@ -262,7 +262,7 @@ class Run:
     def save(self) -> None:
         self.flush()
         at = self.progress
-        state = state_of(self.accelerator, self.state)
+        state = state_of(self.state)
         self.saved = (at.step, at.evaluated)
         if self.accelerator.is_main_process:
             state |= {"progress": asdict(at), "clock": {"seconds": self.elapsed()}}
@@ -280,7 +280,7 @@ class Run:
                 told = f"{source}: the run has changed since this checkpoint was written (allow_changes lets what it names through):\n  "
                 raise CheckpointError(told + "\n  ".join(changes))
             clock, progress = saved.pop("clock"), Progress(**saved.pop("progress"))
-            load_state(source, self.accelerator, self.state, saved)
+            load_state(source, self.state, saved)
             self.origin = manifest.get("origin")
             if source.resolve().parent != self.folder.resolve():
                 self.origin = str(source.resolve())

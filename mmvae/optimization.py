@@ -23,8 +23,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -45,8 +43,6 @@ class EMA:
             raise ValueError(f"decay={decay}: expected 0 <= decay < 1")
         self.decay, self.count = decay, 0
         self._parameters = {n: p for n, p in unwrap(model).named_parameters() if p.is_floating_point()}
-        if any(isinstance(p, DTensor) for p in self._parameters.values()):
-            raise ValueError("model is sharded by FSDP: an EMA of sharded weights cannot be saved yet, train it without")
         self.weights = {n: p.detach().float().clone() for n, p in self._parameters.items()}
 
     @torch.no_grad()
@@ -91,7 +87,7 @@ class EMA:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside any nesting of data-parallel and ``torch.compile`` wrappers: the one whose state-dict keys are clean."""
     while True:
-        if isinstance(model, (DistributedDataParallel, FullyShardedDataParallel)):
+        if isinstance(model, DistributedDataParallel):
             model = model.module
         elif is_compiled_module(model):
             model = model._orig_mod
@@ -180,7 +176,6 @@ def update(
         if name not in trained:
             parameter.grad = None  # after backward: data-parallel training waits for the gradient of every one
     norm = accelerator.clip_grad_norm_(model.parameters(), float("inf") if max_grad_norm is None else max_grad_norm)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     skipped = (~(norm.isfinite() & loss.isfinite())).float()
     if accelerator.num_processes > 1:  # the norm is that of all ranks, the loss a rank's own
         skipped = accelerator.reduce(skipped, "sum").clamp(max=1.0)

@@ -1,7 +1,6 @@
 """The state of live objects (model, optimizer, scheduler, average, ...) as plain nested data, and back.
 
-Data-parallel and compiled models are unwrapped, so their keys are clean. Models sharded by FSDP give and take full
-tensors through ``torch.distributed.checkpoint.state_dict``. So a checkpoint does not know how many ranks wrote it.
+Data-parallel and compiled models are unwrapped, so their keys are clean, and a checkpoint does not know how many ranks wrote it.
 """
 
 from collections.abc import Mapping
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as sharded
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -20,23 +18,19 @@ from mmvae.checkpoint import CheckpointError
 from mmvae.optimization import EMA, unwrap
 
 
-def state_of(accelerator: Accelerator, objects: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``state_dict`` of every object. All ranks must call it; with FSDP only the main process gets the tensors."""
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return {name: (unwrap(value) if isinstance(value, nn.Module) else value).state_dict() for name, value in objects.items()}
-    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = {}
-    for name, value in objects.items():
-        if isinstance(value, nn.Module):
-            state[name] = sharded.get_model_state_dict(value, options=options)
-        elif isinstance(value, Optimizer):
-            state[name] = sharded.get_optimizer_state_dict(_model_of(value, objects), _inner(value), options=options)
-        else:
-            state[name] = value.state_dict()
-    return state
+def check_whole(accelerator: Accelerator) -> None:
+    """Refuse ranks that have a share of the weights each: ValueError."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(f"distributed_type: received {kind.value}, expected a copy of the model on every rank, such as MULTI_GPU")
 
 
-def load_state(source: Path, accelerator: Accelerator, objects: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+def state_of(objects: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``state_dict`` of every object."""
+    return {name: (unwrap(value) if isinstance(value, nn.Module) else value).state_dict() for name, value in objects.items()}
+
+
+def load_state(source: Path, objects: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Load a saved state into the objects; names, shapes, dtypes and groups of all of them are checked before any is changed.
 
     An optimizer whose learning rate comes from a ``LambdaLR`` (what ``get_scheduler`` of transformers gives) takes up moments and counts
@@ -50,16 +44,10 @@ def load_state(source: Path, accelerator: Accelerator, objects: Mapping[str, Any
     for name, value in objects.items():
         _check(f"{source}: entry {name!r}", value, state[name])
     state = _with_own_rates(objects, state)
-    options = sharded.StateDictOptions(full_state_dict=True)
     for name, value in objects.items():
-        if accelerator.distributed_type == DistributedType.FSDP and isinstance(value, nn.Module):
-            sharded.set_model_state_dict(value, state[name], options=options)
-        elif accelerator.distributed_type == DistributedType.FSDP and isinstance(value, Optimizer):
-            sharded.set_optimizer_state_dict(_model_of(value, objects), _inner(value), state[name], options=options)
-        else:
-            (unwrap(value) if isinstance(value, nn.Module) else value).load_state_dict(state[name])
-            if isinstance(value, Optimizer):
-                keep_layout(_inner(value))
+        (unwrap(value) if isinstance(value, nn.Module) else value).load_state_dict(state[name])
+        if isinstance(value, Optimizer):
+            keep_layout(_inner(value))
 
 
 def _with_own_rates(objects: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,15 +117,6 @@ def _check(what: str, value: Any, saved: Mapping[str, Any]) -> None:
     changes = checkpoint.compare(then, now)
     if changes:
         raise CheckpointError(f"{what} does not fit ({len(changes)} differences, saved -> expected): {'; '.join(changes[:3])}")
-
-
-def _model_of(optimizer: Optimizer, objects: Mapping[str, Any]) -> nn.Module:
-    """The model among ``objects`` whose parameters the optimizer steps."""
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for value in objects.values():
-        if isinstance(value, nn.Module) and stepped <= {id(p) for p in value.parameters()}:
-            return value
-    raise CheckpointError("an FSDP optimizer can be saved only together with its model: expected the model among the entries of the state")
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:

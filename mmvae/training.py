@@ -30,7 +30,7 @@ from mmvae.checkpoint import CheckpointError
 from mmvae.loop import Batches, Run, Step, to_device, train_epoch
 from mmvae.optimization import EMA, lay_out_gradients, micro_batches, unwrap, update
 from mmvae.processes import Signals, locked, stranger
-from mmvae.snapshot import load_weights
+from mmvae.snapshot import check_whole, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def fit(
     small message on the CPU per step, which waits for no device.)
 
     Arguments:
-        accelerator: its ranks train, its main process writes and reports.
+        accelerator: its ranks train, each with a copy of the model, its main process writes and reports.
         step: (batch on the device, number of steps done) -> scalars to log, tensors on the device, and the ``not_finite`` of
             :func:`update`; one optimizer step.
         loader: :class:`Batches`; its ``fingerprint`` becomes part of ``info``.
@@ -182,6 +182,7 @@ def fit(
             step, the rows, their ranks and the last good checkpoint.
         SystemExit: after SIGTERM (143) or SIGINT (130).
     """
+    check_whole(accelerator)
     if max_steps is None and num_epochs is None:
         raise ValueError("max_steps=None and num_epochs=None: expected one of them, or training would never end")
     if evaluate is None and patience is not None:

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from distributed_toy import ToyLoader, ToyModel, make, run
 
 from mmvae import ImageVAE, ImageVAEConfig, checkpoint
 from mmvae.data import BadRow
+from mmvae.experiment import build_accelerator
 from mmvae.training import EMA, evaluate, fit, load_weights, micro_batches, unwrap, update
 
 
@@ -346,6 +347,14 @@ def test_a_gradient_scaler_that_collapses_stops_the_run(tmp_path):
 def test_a_non_finite_first_step_gives_no_warning(tmp_path):
     result, _ = run(tmp_path, nan_from=0, max_steps=2, num_epochs=None, fused=False, evaluate=None)
     assert math.isnan(result.history[0]["train/loss"]) and result.history[0]["train/skipped"] == 1.0
+
+
+def test_weights_that_ranks_share_out_are_refused_before_any_work(monkeypatch, tmp_path):
+    accelerator, step, loader, arguments = make()
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)  # which accelerate itself gives on GPUs alone
+    for begin in (lambda: build_accelerator("no"), lambda: fit(accelerator, step, loader, folder=tmp_path, **arguments)):
+        with pytest.raises(ValueError, match="distributed_type: received FSDP, expected a copy of the model on every rank"):
+            begin()
 
 
 def test_the_learning_rate_depends_on_the_step_alone(tmp_path):
