@@ -57,6 +57,8 @@ def input_name(prefix: str, name: str) -> str:
 class VAEConfig(PreTrainedConfig):
     """What the configurations of all VAEs share. A name that is not a field is an error that names the nearest field.
 
+    What is assigned later to such a name, as ``Trainer`` does with a tokenizer's ``eos_token_id``, is not written to files.
+
     Arguments:
         latent_dim: size of the latent vector, or its channels when it is spatial; 1 to 65,536.
         prior: a key of ``mmvae.priors.PRIORS``.
@@ -117,6 +119,11 @@ class VAEConfig(PreTrainedConfig):
         """
         refuse_from_files(cls.__name__, config_dict)
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of everything that a file may give back."""
+        known = _FOREIGN.union(f.name for f in fields(self))
+        return {name: value for name, value in super().to_dict().items() if name in known}
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:

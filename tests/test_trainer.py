@@ -1,0 +1,57 @@
+"""What transformers' Trainer does with models, and with their tokenizers and processors; and that folders which it leaves can be read."""
+
+import json
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from mmvae import (
+    MMVAE,
+    ImageVAEConfig,
+    MMVAEConfig,
+    StackedVAE,
+    TextVAE,
+    TextVAEConfig,
+)
+from mmvae.processing import train_tokenizer
+
+TOKENIZER = train_tokenizer(["a big red heart", "a small blue square"])
+TEXT = {"input_ids": torch.tensor([[1, 4, 5, 2], [1, 6, 2, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+PIXELS = {"pixel_values": torch.rand(2, 1, 8, 8)}
+
+
+def image_config() -> ImageVAEConfig:
+    return ImageVAEConfig(image_size=8, num_channels=1, hidden_channels=[4], latent_dim=2)
+
+
+def text_config() -> TextVAEConfig:
+    return TextVAEConfig(vocab_size=len(TOKENIZER), embedding_size=4, hidden_size=4, latent_dim=2)
+
+
+def joint() -> MMVAE:
+    return MMVAE(MMVAEConfig(modalities={"image": image_config(), "text": text_config()}))
+
+
+def stacked() -> StackedVAE:
+    return StackedVAE.over(TextVAE(text_config()), num_classes=2, latent_dim=2, hidden_size=4)
+
+
+def trained(model, inputs: dict[str, torch.Tensor], folder, **options) -> Trainer:
+    """A Trainer after one step on two rows."""
+    rows = [{name: column[i] for name, column in inputs.items()} for i in range(2)]
+    arguments = {"max_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(output_dir=str(folder), remove_unused_columns=False, **arguments)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, **options)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(("build", "inputs"), [(joint, PIXELS | TEXT), (stacked, TEXT)], ids=["joint", "stacked"])
+def test_a_folder_can_be_read_after_a_trainer_that_was_given_a_tokenizer(build, inputs, tmp_path):
+    trainer = trained(build(), inputs, tmp_path, processing_class=TOKENIZER)
+    trainer.model.config.note = "of the author's"
+    trainer.save_model(tmp_path / "saved")
+    assert {"eos_token_id", "pad_token_id", "note"}.isdisjoint(json.loads((tmp_path / "saved" / "config.json").read_text()))
+    again = type(trainer.model).from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in trainer.model.state_dict().items())
