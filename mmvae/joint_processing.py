@@ -77,6 +77,11 @@ class MMVAEProcessor(ProcessorMixin):
         return tuple(self.parts)
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The first modality's that has one, which ``Trainer`` asks for its special tokens; where none has, one that has none."""
+        return next((part for name, part in self.parts.items() if self.kinds[name] == "tokenizer"), PreTrainedTokenizerBase())
+
+    @property
     def model_input_names(self) -> list[str]:
         """What the model's inputs are called, "present" among them."""
         return [name for names in self._names().values() for name in names.values()] + ["present"]

@@ -9,7 +9,9 @@ from transformers import Trainer, TrainingArguments
 from mmvae import (
     MMVAE,
     ImageVAEConfig,
+    ImageVAEImageProcessor,
     MMVAEConfig,
+    MMVAEProcessor,
     StackedVAE,
     TextVAE,
     TextVAEConfig,
@@ -55,3 +57,15 @@ def test_a_folder_can_be_read_after_a_trainer_that_was_given_a_tokenizer(build, 
     assert {"eos_token_id", "pad_token_id", "note"}.isdisjoint(json.loads((tmp_path / "saved" / "config.json").read_text()))
     again = type(trainer.model).from_pretrained(tmp_path / "saved")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("texts", [("text",), ()], ids=["with text", "pictures alone"])
+def test_a_joint_model_trains_with_its_processor(texts, tmp_path):
+    names = ("image", "text") if texts else ("left", "right")
+    model = joint() if texts else MMVAE(MMVAEConfig(modalities=dict.fromkeys(names, image_config())))
+    images = ImageVAEImageProcessor(size={"height": 8, "width": 8}, num_channels=1)
+    processor = MMVAEProcessor({name: TOKENIZER if name in texts else images for name in names})
+    inputs = PIXELS | TEXT if texts else {f"{name}_pixel_values": PIXELS["pixel_values"] for name in names}
+    trained(model, inputs, tmp_path, processing_class=processor).save_model(tmp_path / "saved")
+    assert MMVAE.from_pretrained(tmp_path / "saved").modalities == MMVAEProcessor.from_pretrained(tmp_path / "saved").modalities == names
+    assert not texts or processor.tokenizer is TOKENIZER
