@@ -14,7 +14,7 @@ from folder_mutations import CONFIGS, IMAGE, TEXT, every_field, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from mmvae import MMVAE, ImageVAE, ImageVAEConfig, ImageVAEForImageClassification, MMVAEConfig, TextVAE, TextVAEConfig
+from mmvae import MMVAE, ImageVAE, ImageVAEConfig, ImageVAEForImageClassification, MMVAEConfig, StackedVAE, TextVAE, TextVAEConfig
 from mmvae.folder import FolderError, verify
 
 GOLDEN = sorted(Path(__file__).parent.glob("golden/*/*/config.json"))
@@ -259,6 +259,21 @@ def test_folders_of_older_versions_give_the_same_figures(config):
     expected = json.loads((config.parent / "expected.json").read_text())
     received = model.posterior(**golden_inputs(model)).mixture.mean
     torch.testing.assert_close(received, torch.tensor(expected["latent_mean"]), rtol=1e-4, atol=1e-5)
+
+
+def test_models_inside_of_others_tell_no_path_and_get_the_dtype_that_is_asked_for(folder, tmp_path):
+    part = ImageVAE.from_pretrained(folder)
+    joint, stacked = MMVAE(MMVAEConfig(modalities={"image": part.config})), StackedVAE.over(part, num_classes=2, latent_dim=2)
+    joint.save_pretrained(tmp_path / "joint"), stacked.save_pretrained(tmp_path / "stacked")
+    older = next(path.parent for path in GOLDEN if path.parent.name == "joint")
+    assert '"dtype": "float32",\n      "hidden_channels"' in (older / "config.json").read_text(), "as folders of older versions have it"
+    for place in (tmp_path / "joint", tmp_path / "stacked", older):
+        assert place is older or str(folder) not in (place / "config.json").read_text()
+        model = AutoModel.from_pretrained(place, dtype=torch.bfloat16)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert model(pixel_values=golden_inputs(model)["pixel_values"]).loss.isfinite()
+    again = MMVAE(AutoModel.from_pretrained(tmp_path / "joint", dtype=torch.bfloat16).config)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
 
 
 def golden_inputs(model) -> dict[str, torch.Tensor]:

@@ -279,7 +279,7 @@ class MMVAEConfig(VAEConfig):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the children's too."""
         values = super().to_dict()
-        return values | {"modalities": {name: _plain(child) for name, child in self.modalities.items()}}
+        return values | {"modalities": {name: plain(child) for name, child in self.modalities.items()}}
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """JSON in which the modalities keep their order, that of the columns of ``present``; transformers sorts all keys."""
@@ -313,8 +313,10 @@ def inner(where: str, child: Any) -> PreTrainedConfig:
     return child
 
 
-def _plain(config: PreTrainedConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
+def plain(config: PreTrainedConfig) -> dict[str, Any]:
+    """Plain values of a configuration inside of another, without its dtype, which is the whole model's, and its place."""
+    outer = {"transformers_version", "dtype", "_name_or_path"}
+    return {name: value for name, value in config.to_dict().items() if name not in outer}
 
 
 def bind(name: str, function: Callable, options: Mapping[str, Any], given: Sequence[str] = ()) -> None:

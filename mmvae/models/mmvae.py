@@ -73,7 +73,8 @@ class MMVAE(JointGeneration):
         super().__init__(config)
         if not config.modalities:
             raise ValueError("MMVAEConfig.modalities: received none, expected at least one")
-        self.vaes = nn.ModuleDict({name: AutoModel.from_config(child) for name, child in config.modalities.items()})
+        dtype = torch.get_default_dtype()  # in which this model is being made, whatever the children's configurations say
+        self.vaes = nn.ModuleDict({name: AutoModel.from_config(child, dtype=dtype) for name, child in config.modalities.items()})
         for name, vae in self.vaes.items():
             if len(vae.latent_shape) != 1:
                 raise ValueError(f"modalities[{name!r}]: received a latent of shape {vae.latent_shape}, expected a vector")

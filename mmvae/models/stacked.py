@@ -25,7 +25,7 @@ from mmvae.aggregation import Posterior
 from mmvae.distributions import DiagNormal
 from mmvae.models.base import VAEOutput
 from mmvae.models.classes import ClassVAE, ClassVAEConfig
-from mmvae.models.configuration import VAEConfig, inner
+from mmvae.models.configuration import VAEConfig, inner, plain
 from mmvae.models.unimodal import VAEModel
 from mmvae.noise import fold
 
@@ -62,8 +62,7 @@ class StackedVAEConfig(ClassVAEConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, M1's too."""
-        below = self.below.to_dict() if isinstance(self.below, PreTrainedConfig) else self.below
-        return super().to_dict() | {"below": {name: value for name, value in below.items() if name != "transformers_version"}}
+        return super().to_dict() | {"below": plain(self.below) if isinstance(self.below, PreTrainedConfig) else self.below}
 
 
 class StackedVAE(ClassVAE):
@@ -86,7 +85,7 @@ class StackedVAE(ClassVAE):
         if not isinstance(config.below, VAEConfig) or not config.num_classes:
             received = f"{getattr(config.below, 'model_type', config.below)!r} with {config.num_classes} classes"
             raise ValueError(f"StackedVAEConfig.below, num_classes: received {received}, expected a VAE's configuration and at least 2")
-        self.below = AutoModel.from_config(config.below).requires_grad_(False)
+        self.below = AutoModel.from_config(config.below, dtype=torch.get_default_dtype()).requires_grad_(False)
         if getattr(config.below, "pose", "none") != "none" and config.below.prior == "standard_normal":
             why = "whose posterior has no density under another prior than its own; expected a mixture or Vamp prior, or no pose"
             raise ValueError(f"StackedVAEConfig.below: received pose {config.below.pose!r} with prior 'standard_normal', {why}")
@@ -113,7 +112,7 @@ class StackedVAE(ClassVAE):
             vae: M1.
             fields: of the configuration.
         """
-        model = cls(StackedVAEConfig(below=vae.config.to_dict(), **fields))
+        model = cls(StackedVAEConfig(below=plain(vae.config), **fields))
         model.below.load_state_dict(vae.state_dict())
         return model
 
