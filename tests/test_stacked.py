@@ -72,6 +72,7 @@ def test_m1_stays_as_it_is_and_a_folder_holds_both(kind, tmp_path):
     model.eval().save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path, dtype="float32").eval()
     assert isinstance(again, StackedVAE) and isinstance(again.below, type(model.below)) and not again.below.encoder.training
+    assert not any(parameter.requires_grad for parameter in again.below.parameters()) and again.encoder[0].weight.requires_grad
     assert torch.equal(again.classify(**inputs), model.classify(**inputs))
     assert model.classify(**inputs)[[0, 1, 3], [0, 1, 2]].sum() > told
     drawn = [each.generate(class_labels=[2, 0], generator=torch.Generator().manual_seed(0)) for each in (model, again)]

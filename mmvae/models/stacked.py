@@ -85,7 +85,7 @@ class StackedVAE(ClassVAE):
         if not isinstance(config.below, VAEConfig) or not config.num_classes:
             received = f"{getattr(config.below, 'model_type', config.below)!r} with {config.num_classes} classes"
             raise ValueError(f"StackedVAEConfig.below, num_classes: received {received}, expected a VAE's configuration and at least 2")
-        self.below = AutoModel.from_config(config.below, dtype=torch.get_default_dtype()).requires_grad_(False)
+        self.below = AutoModel.from_config(config.below, dtype=torch.get_default_dtype())
         if getattr(config.below, "pose", "none") != "none" and config.below.prior == "standard_normal":
             why = "whose posterior has no density under another prior than its own; expected a mixture or Vamp prior, or no pose"
             raise ValueError(f"StackedVAEConfig.below: received pose {config.below.pose!r} with prior 'standard_normal', {why}")
@@ -117,9 +117,9 @@ class StackedVAE(ClassVAE):
         return model
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode, in which M1 stays in evaluation mode."""
+        """Training mode, in which M1 stays in evaluation mode, and frozen: loading gives it new parameters."""
         super().train(mode)
-        self.below.eval()
+        self.below.eval().requires_grad_(False)
         return self
 
     def _seen(self, inputs: dict[str, Any]) -> dict[str, Any]:
