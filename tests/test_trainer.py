@@ -69,3 +69,16 @@ def test_a_joint_model_trains_with_its_processor(texts, tmp_path):
     trained(model, inputs, tmp_path, processing_class=processor).save_model(tmp_path / "saved")
     assert MMVAE.from_pretrained(tmp_path / "saved").modalities == MMVAEProcessor.from_pretrained(tmp_path / "saved").modalities == names
     assert not texts or processor.tokenizer is TOKENIZER
+
+
+def test_a_stacked_model_tells_its_loss_and_takes_what_transformers_passes(tmp_path):
+    model, labels = stacked(), {"labels": torch.tensor([0, -100])}
+    for inputs in (TEXT, TEXT | labels):
+        trainer = trained(model, inputs, tmp_path)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(model(**inputs).loss.item(), rel=1e-4)
+    expected = model.eval()(**TEXT, beta=0.5).loss
+    assert torch.equal(model(**TEXT, beta=0.5, token_type_ids=torch.zeros(2, 4), return_dict=False)[0], expected)
+    assert torch.equal(model(TEXT["input_ids"], 0.5, attention_mask=TEXT["attention_mask"]).loss, expected)
+    for wrong, nearest in (("num_sampels", "num_samples"), ("input_idds", "input_ids")):
+        with pytest.raises(TypeError, match=f"StackedVAE.forward: unknown argument '{wrong}'; the nearest one is '{nearest}'"):
+            model(**TEXT, **{wrong: 5})

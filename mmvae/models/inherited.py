@@ -79,5 +79,5 @@ def refuse_unknown(module: nn.Module, received: Mapping[str, Any]) -> None:
         TypeError: naming the argument and the parameter nearest to it.
     """
     for name in received.keys() - FOREIGN_ARGUMENTS - set(module.condition_names):
-        known = inspect.signature(module.forward).parameters.keys() - {"kwargs"}
+        known = (inspect.signature(module.forward).parameters.keys() | set(module.input_names)) - {"kwargs"}
         raise TypeError(f"{type(module).__name__}.forward: unknown argument {name!r}; the nearest one is {nearest(name, known)!r}")
