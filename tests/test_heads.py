@@ -187,14 +187,19 @@ def test_training_learns_the_classes(kind):
     assert torch.equal(model.eval()(**inputs).logits.argmax(1), labels)
 
 
-def test_trainer_trains_and_tells_the_logits(tmp_path):
-    model = TextVAEForSequenceClassification(text_config(num_labels=3, classifier_alpha=1.0))
+def test_trainer_trains_and_predicts_the_logits_alone(kind, tmp_path):
+    build, config, _ = kind
+    model = build(config(num_labels=3, classifier_alpha=1.0))
     rows = [{name: value[i] for name, value in (inputs_of(model) | {"labels": LABELS}).items()} for i in range(6)]
     options = {"max_steps": 2, "report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
-    trainer = Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), **options), train_dataset=rows, eval_dataset=rows)
+    args = TrainingArguments(output_dir=str(tmp_path), remove_unused_columns=False, **options)
+    trainer = Trainer(
+        model=model, args=args, train_dataset=rows, compute_metrics=lambda p: {"right": p.predictions.argmax(-1) == p.label_ids}
+    )
     trainer.train()
     predicted = trainer.predict(rows)
-    assert predicted.predictions[0].shape == (6, 3) and predicted.label_ids.tolist() == LABELS.tolist()
+    assert predicted.predictions.shape == (6, 3) and predicted.metrics["test_right"].shape == (6,)
+    assert "keys_to_ignore_at_inference" not in model.config.to_dict()
 
 
 # ---- folders

@@ -1,12 +1,16 @@
 """What every model has that is a VAE with a head: what it takes, and which part of it is trained.
 
 A folder of the VAE alone gives the head new first values, and a VAE's ``from_pretrained`` takes the folder of a model with a head.
+What ``transformers.Trainer`` predicts, and shows to ``compute_metrics``, is the logits alone.
 """
 
 from typing import ClassVar, Self
 
 from mmvae.models.configuration import VAEConfig
 from mmvae.models.pretrained import VerifiedModel
+
+# What outputs hold beside the loss and the logits.
+_NOT_PREDICTED = ["loss_rows", "cross_entropy", "elbo", "log_px", "kl", "latents", "latent_mean", "latent_logvar", "hidden_states"]
 
 
 class HeadedVAE(VerifiedModel):
@@ -16,6 +20,10 @@ class HeadedVAE(VerifiedModel):
     supports_gradient_checkpointing = False
     accepts_loss_kwargs = False  # Trainer must divide by the accumulation steps itself
     model_tags: ClassVar[list[str]] = ["mmvae", "vae"]
+
+    def __init__(self, config: VAEConfig):
+        super().__init__(config)
+        config.keys_to_ignore_at_inference = _NOT_PREDICTED  # where Trainer looks
 
     @property
     def input_names(self) -> tuple[str, ...]:
