@@ -31,6 +31,7 @@ _PUBLISHED = re.compile(
     r"README\.md|chat_template\.jinja|(added_tokens|config|generation_config|manifest|metrics|preprocessor_config|processor_config"
     r"|special_tokens_map|tokenizer|tokenizer_config|vocab)\.json|(merges|vocab)\.txt|\w[\w.-]*\.model|" + _WEIGHTS.pattern
 )
+# No pipeline of transformers does what the other models do: that for features would give the loss.
 _PIPELINE_TAGS = {"image_vae": "unconditional-image-generation", "text_vae": "text-generation"}
 # Of models with a head: the class that reads their folder, and their pipeline, by the end of their class's name.
 _HEADS = {
@@ -210,7 +211,7 @@ def model_card(
     config, record = _json(folder, "config.json"), _json(folder, "metrics.json")
     kind, name = config.get("model_type", "vae"), repo_id or folder.resolve().name
     seen = config.get("below", config).get("model_type")  # of stacked models what is below
-    architecture, task = (config.get("architectures") or [kind])[0], _PIPELINE_TAGS.get(seen, "feature-extraction")
+    architecture, task = (config.get("architectures") or [kind])[0], _PIPELINE_TAGS.get(seen)
     task = next((task for end, (_, task) in _HEADS.items() if architecture.endswith(end)), task)
     data = ModelCardData(
         license=license,
@@ -219,7 +220,7 @@ def model_card(
         tags=["mmvae", "vae", kind, *tags],
         language=language,
         model_name=name.split("/")[-1],
-        eval_results=_results(record, task),
+        eval_results=_results(record, task or "other"),
     )
     return ModelCard(
         _CARD.format(

@@ -121,13 +121,16 @@ def test_card_has_a_model_index(folder):
     [
         ("image_vae", "unconditional-image-generation", "model.sample(8)"),
         ("text_vae", "text-generation", "decode_text"),
+        ("topic_vae", None, "model.topics"),
+        ("mmvae", None, "model.retrieve"),
     ],
 )
 def test_card_knows_the_modality(folder, tmp_path, kind, tag, call):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "architectures": ["X"]}))
+    modalities = {"modalities": {"image": {}, "text": {}}} if kind == "mmvae" else {}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "architectures": ["X"], **modalities}))
     (tmp_path / "metrics.json").write_text((folder / "metrics.json").read_text())
     card = model_card(tmp_path, license="mit", tags=["sprites"], language="en")
-    assert card.data.pipeline_tag == tag
+    assert card.data.pipeline_tag == tag and all(result.task_type == (tag or "other") for result in card.data.eval_results)
     assert {"mmvae", "vae", kind, "sprites"} == set(card.data.tags)
     code = str(card).split("```python\n")[1].split("```")[0]
     compile(code, "snippet", "exec")
