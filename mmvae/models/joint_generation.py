@@ -39,7 +39,8 @@ class JointGeneration(VAE):
             num_samples: of each row, next to each other; or, when nothing is given, how many.
             generator: makes the latents (and sampled words) repeatable; torch's global generator when None.
             sample: draw latents, or take the posterior's most informed mean.
-            inputs: of any of the modalities, as for :meth:`posterior`; the rest are options of the targets' ``render``.
+            inputs: of any of the modalities, as for :meth:`posterior`; the rest are options of the targets' ``render``. The folder of a
+                joint model keeps no ``generation_config`` of its texts.
 
         Returns:
             (B * num_samples, ...): pixels, token ids, or whatever the target renders; by name where several were asked for.

@@ -117,6 +117,9 @@ class TextGeneration(ClassVAE, GenerationMixin):
     ) -> Any:
         """Token ids of sentences, BOS first, by any strategy of transformers' ``GenerationMixin``.
 
+        Options that are always the same may lie in ``generation_config``, which the folder of a text model keeps; those of a model that
+        holds a text model (joint, stacked, with a head) keep none: give them as options.
+
         Arguments:
             input_ids: (B, T) sentences to reconstruct from their posterior means; not a prefix.
             latents: (B, D), instead.
