@@ -7,18 +7,31 @@ Reference: Ghosh et al. (2020), From variational to deterministic autoencoders, 
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmvae.data import Loader, Rows
 from mmvae.densities import build_density
 from mmvae.density import Density, TooFewRows
 from mmvae.evaluation import model_inputs
 from mmvae.models.base import VAE
 
 logger = logging.getLogger(__name__)
+
+_MOST_STREAMED = 100_000  # rows of a stream, which may have no end
+
+
+def rows_to_fit(rows: Rows, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of every training row, copies left out, of a stream of the first ``_MOST_STREAMED``: what densities are fitted to."""
+    batches = Loader(rows, batch_size, seed=seed).batches(0)
+    for batch in islice(batches, -(-_MOST_STREAMED // batch_size) if rows.streamed else None):
+        kept = (batch["row"] >= rows.num_copies).nonzero().flatten()
+        if len(kept):
+            yield {name: value[kept] if value.dim() else value for name, value in batch.items()}
 
 
 @torch.no_grad()

@@ -8,10 +8,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from mmvae.charts import curves
 from mmvae.data import BadRow, ImageColumn, Loader, Rows
-from mmvae.density_fitting import fit_densities
+from mmvae.density_fitting import fit_densities, rows_to_fit
 from mmvae.evaluation import Transform, evaluate_elbo, evaluate_vae, model_inputs
 from mmvae.hub import push, write_card, write_metrics
 from mmvae.nn import running_statistics
@@ -48,7 +47,6 @@ _FREE = {
     "accumulation", "allow_changes", "compile", "eval_every", "hub_model_id", "hub_private", "hub_token", "importance_samples", "keep",
     "log_every", "most_bad_rows", "num_workers", "output_dir", "push_to_hub", "resume", "save_every", "streaming", "tracker",
 }  # fmt: skip
-_MOST_STREAMED = 100_000  # rows of a stream, which may have no end, that densities are fitted to
 _PLACES = ("dataset", "output_dir", "resume", "vae")  # may be paths of this machine; the data set's name is told by itself
 
 
@@ -289,15 +287,6 @@ def _without_place(word: str) -> str:
     return word if not path.is_absolute() or near else option + equals + without_place(value)
 
 
-def _once(rows: Rows, args: RunArguments) -> Iterator[dict[str, Tensor]]:
-    """Batches of every training row, copies left out, of a stream of the first ``_MOST_STREAMED``: what densities are fitted to."""
-    batches = Loader(rows, args.batch_size, seed=args.seed).batches(0)
-    for batch in islice(batches, -(-_MOST_STREAMED // args.batch_size) if rows.streamed else None):
-        kept = (batch["row"] >= rows.num_copies).nonzero().flatten()
-        if len(kept):
-            yield {name: value[kept] if value.dim() else value for name, value in batch.items()}
-
-
 def finish(
     accelerator: Accelerator,
     args: RunArguments,
@@ -329,7 +318,7 @@ def finish(
     measure = measure or partial(evaluate_vae, num_samples=args.importance_samples)
     figures = measure(accelerator, model, loaders[split], seed=args.seed, transform=transform)
     if densities:
-        seen = _once(loaders["train"].rows, args)  # the same on every rank
+        seen = rows_to_fit(loaders["train"].rows, args.batch_size, args.seed)  # the same on every rank
         seen = ((transform(batch, fold(args.seed, batch["row"])) if transform else batch) for batch in seen)
         fits = fit_densities(model, seen, densities, seed=args.seed)
         figures |= {name: value for name, value in fits.items() if "held_out_log" in name}

@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from recipe_runs import TEXT, run, sentences
 from test_mmvae import batch, joint
 
-from mmvae import MMVAE, ImageVAE, ImageVAEConfig, MMVAEConfig
-from mmvae.density_fitting import fit_densities, latents_from, unfitted
+from mmvae import MMVAE, ImageVAE, ImageVAEConfig, MMVAEConfig, density_fitting
+from mmvae.data import LabelColumn, PartlyLabelled, Rows, TextColumn
+from mmvae.density_fitting import fit_densities, latents_from, rows_to_fit, unfitted
+from mmvae.processing import train_tokenizer
 
 OPTIONS = {
     "shared": {"kind": "mixture", "num_components": 3},
@@ -106,3 +109,15 @@ def test_samples_of_one_modality_come_from_its_density(tmp_path, spatial):
 def test_a_density_of_a_child_is_refused():
     with pytest.raises(StrictDataclassError, match=r"modalities\['image'\].densities: received .*expected \{\}"):
         MMVAEConfig(modalities={"image": ImageVAEConfig(densities={"latent": {"kind": "mixture"}})})
+
+
+def test_densities_are_fitted_to_every_row_once_and_to_the_beginning_of_a_stream(monkeypatch):
+    words = [f"{letter} {letter}" for letter in "abcdefghij"]
+    data = Dataset.from_dict({"text": words, "label": ["x", "y"] * 5})
+    column, labels = TextColumn("text", train_tokenizer(words)), LabelColumn("label", ("x", "y"))
+    known = PartlyLabelled(data, column, labels, per_class=2, repeats=5)
+    seen = [tuple(row) for batch in rows_to_fit(known, 3, 0) for row in batch["input_ids"].tolist()]
+    assert known.num_rows == 26 and len(seen) == len(set(seen)) == 10
+    monkeypatch.setattr(density_fitting, "_MOST_STREAMED", 4)
+    stream = Rows(data.to_iterable_dataset(), column)
+    assert [len(batch["row"]) for batch in rows_to_fit(stream, 3, 0)] == [3, 3]

@@ -1,5 +1,6 @@
 """Options, and what the recipes share beside the loop."""
 
+import json
 import logging
 from dataclasses import dataclass
 
@@ -8,9 +9,9 @@ import torch
 from datasets import Dataset
 from recipe_runs import recipe
 
-from mmvae import ImageVAE, ImageVAEConfig, TextVAE, TextVAEConfig, checkpoint, experiment
+from mmvae import ImageVAE, ImageVAEConfig, TextVAE, TextVAEConfig, checkpoint
 from mmvae.checkpoint import CheckpointError
-from mmvae.data import ImageColumn, LabelColumn, Loader, PartlyLabelled, Rows, TextColumn
+from mmvae.data import ImageColumn, Loader, Rows, TextColumn
 from mmvae.experiment import RunArguments, parse, precision, start, train, vae_step
 from mmvae.options import suited_pose
 from mmvae.processing import train_tokenizer
@@ -346,15 +347,3 @@ def test_paths_of_this_machine_stay_out_of_the_record(monkeypatch, tmp_path):
     assert told == ["ptb", "--dataset=ptb", str(tmp_path / "out"), "user/name", "--seed=1", "a=b/c", "words:mnist"]
     run = RunArguments(num_epochs=1, dataset="/data/jane/ptb", output_dir="/data/jane/run", resume="/data/jane/old/step-00000003")
     assert "jane" not in json.dumps(_told(run)) and _told(run)["num_epochs"] == 1
-
-
-def test_densities_are_fitted_to_every_row_once_and_to_the_beginning_of_a_stream(monkeypatch):
-    words = [f"{letter} {letter}" for letter in "abcdefghij"]
-    data, args = Dataset.from_dict({"text": words, "label": ["x", "y"] * 5}), RunArguments(batch_size=3, max_steps=1)
-    column, labels = TextColumn("text", train_tokenizer(words)), LabelColumn("label", ("x", "y"))
-    known = PartlyLabelled(data, column, labels, per_class=2, repeats=5)
-    seen = [tuple(row) for batch in experiment._once(known, args) for row in batch["input_ids"].tolist()]
-    assert known.num_rows == 26 and len(seen) == len(set(seen)) == 10
-    monkeypatch.setattr(experiment, "_MOST_STREAMED", 4)
-    stream = Rows(data.to_iterable_dataset(), column)
-    assert [len(batch["row"]) for batch in experiment._once(stream, args)] == [3, 3]
