@@ -280,32 +280,28 @@ def train_tokenizer(
     if not words:
         tokenizer.decoder = decoders.ByteLevel()
     (_train_words if words else _train_bpe)(_refuse_reserved(texts), tokenizer, vocab_size, min_frequency)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_input_names=["input_ids", "attention_mask"],
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-        **SPECIAL_TOKENS,
-    )
-    _emit_ends(fast)
-    return fast
+    return _with_ends(tokenizer, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)
 
 
-def _emit_ends(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Make encoding give BOS ... EOS."""
+def _with_ends(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer that gives BOS ... EOS, of the general class: one of a model's own sets its own ends again wherever it is loaded."""
+    inputs = ["input_ids", "attention_mask"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=inputs, padding_side="right", **options)
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {eos}",
         pair=f"{bos} $A {eos} $B:1 {eos}:1",
         special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)],
     )
+    return tokenizer
 
 
 def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase:
     """Any pretrained tokenizer, made to emit ``BOS ... EOS`` padded on the right.
 
     What is missing is completed by a stated rule, and logged: BOS and EOS are the CLS and SEP of encoders such as BERT where they
-    exist; else, and for PAD always, a new token is added, so the size of the vocabulary is ``len(tokenizer)``.
+    exist; else, and for PAD always, a new token is added, so the size of the vocabulary is ``len(tokenizer)``. What is returned is a
+    ``PreTrainedTokenizerFast`` wherever the tokenizer is a fast one, so that it emits the same once saved and loaded.
 
     Arguments:
         name_or_path: an id on the Hub or a local folder.
@@ -321,13 +317,14 @@ def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase
     if missing:
         logger.warning("%s has no %s: using %s", name_or_path, ", ".join(missing), ", ".join(missing.values()))
         tokenizer.add_special_tokens(missing)
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        kept = {name: getattr(tokenizer, name) for name in ("model_max_length", "clean_up_tokenization_spaces", "extra_special_tokens")}
+        return _with_ends(tokenizer.backend_tokenizer, **kept, **tokenizer.special_tokens_map)
     tokenizer.padding_side = "right"
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
     ends, ids = (tokenizer.bos_token_id, tokenizer.eos_token_id), tokenizer("a").input_ids
     if (ids[0], ids[-1]) != ends or len(ids) < 3:
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise ValueError(f"tokenizer {name_or_path}: 'a' is encoded as {ids}, expected {ends[0]} (BOS) ... {ends[1]} (EOS)")
-        _emit_ends(tokenizer)
+        raise ValueError(f"tokenizer {name_or_path}: 'a' is encoded as {ids}, expected {ends[0]} (BOS) ... {ends[1]} (EOS)")
     return tokenizer
 
 

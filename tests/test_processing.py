@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPTNeoXTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from mmvae.data import ImageColumn
 from mmvae.processing import (
@@ -318,6 +318,31 @@ def test_any_pretrained_tokenizer_serves(special, bos, eos, pad, tmp_path):
     assert decode_text(tokenizer, batch.input_ids) == ["a b", "a"]
     tokenizer.save_pretrained(tmp_path / "ours")
     assert AutoTokenizer.from_pretrained(tmp_path / "ours")(["a b"]).input_ids == tokenizer(["a b"]).input_ids
+
+
+_NEOX = {"vocab": {"<|endoftext|>": 0, "<|padding|>": 1, "a": 2, "b": 3, "Ġ": 4, "Ġb": 5}, "merges": [("Ġ", "b")]}
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a", -1.0), ("▁b", -1.0)], extra_ids=2),
+        GPTNeoXTokenizer(**_NEOX),
+        GPTNeoXTokenizer(**_NEOX, add_bos_token=True, add_eos_token=True),
+    ],
+    ids=["t5", "neox", "neox-with-ends"],
+)
+def test_a_model_s_own_tokenizer_keeps_its_ends_when_saved(theirs, tmp_path):
+    """Such a class sets its own template whenever it is built, whatever the file says."""
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_tokenizer(str(tmp_path / "theirs"))
+    words = theirs("a b", add_special_tokens=False).input_ids
+    assert ours("a b").input_ids == [ours.bos_token_id, *words, ours.eos_token_id]
+    ours.save_pretrained(tmp_path / "ours")
+    again = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert again(["a b", ""]).input_ids == ours(["a b", ""]).input_ids
+    assert (len(again), again.special_tokens_map) == (len(ours), ours.special_tokens_map)
+    assert again.extra_special_tokens == ours.extra_special_tokens == theirs.extra_special_tokens
 
 
 def test_missing_tokenizer_is_an_error(tmp_path):
