@@ -88,8 +88,8 @@ class _Pixels:
         """A flat list of images; grey images without a channel axis count as images, also inside a list."""
         if isinstance(images, np.ndarray | Tensor) and images.ndim == 2:
             return [images]
-        if isinstance(images, list | tuple) and all(getattr(image, "ndim", None) == 2 for image in images):
-            return list(images)
+        if isinstance(images, list | tuple) and not any(isinstance(each, list | tuple) or getattr(each, "ndim", 0) > 3 for each in images):
+            return list(self.fetch_images(images))
         return super()._prepare_images_structure(images, expected_ndims=expected_ndims)
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, **options: Any) -> list[Any]:

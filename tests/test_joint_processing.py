@@ -65,6 +65,8 @@ def test_none_in_a_list_is_a_missing_modality():
         assert torch.equal(mixed[name][there], whole[name][there]), "what is present does not depend on what is not"
     assert not mixed["pixel_values"][1].any()
     assert mixed["input_ids"][0].tolist() == [1, 2, 0, 0, 0, 0]
+    arrays = processor(images=[np.zeros((8, 8), np.uint8), None], text=[None, "a heart"])
+    assert arrays["present"].tolist() == [[True, False], [False, True]], "an array without channels may come first"
     nothing = processor(images=[None, None], text=["a", "a"])
     assert nothing["pixel_values"].shape == (2, 3, 8, 8) and nothing["present"].tolist() == [[False, True]] * 2
     assert processor(text=["a", ""], images=[None, RED])["present"].tolist() == [[False, True], [True, True]], "an empty text is a text"

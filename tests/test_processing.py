@@ -79,6 +79,18 @@ def test_list_of_grey_arrays_is_a_batch(backend):
 
 
 @BACKENDS
+def test_a_list_may_mix_pictures_with_and_without_channels(backend, tmp_path):
+    grey = np.full((28, 28), 51, np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    dresses = [grey, grey[None], Image.fromarray(grey), torch.from_numpy(grey), str(tmp_path / "grey.png")]
+    for first in range(len(dresses)):
+        x = pixel_values(dresses[first:] + dresses[:first], backend)
+        assert torch.equal(x, torch.full((5, 3, 28, 28), 51) / 255)
+    with pytest.raises(ValueError, match=r"\(28,\)"):
+        pixel_values([grey, grey[0]], backend)
+
+
+@BACKENDS
 @pytest.mark.parametrize(("n", "num_channels"), [(5, 1), (4, 1), (4, 3), (3, 1), (3, 4)])
 def test_a_stack_of_grey_images_needs_a_channel_axis(backend, n, num_channels):
     stack = np.zeros((n, 28, 28), np.uint8)
