@@ -53,7 +53,7 @@ MODELS = {
     ),
     "text": lambda **kw: (TextVAE(TextVAEConfig(**TEXT | kw)), sentences),
     "text, deep": lambda **kw: (
-        TextVAE(TextVAEConfig(**TEXT | {"encoder_layers": 2, "decoder_layers": 2, "bidirectional": True} | kw)),
+        TextVAE(TextVAEConfig(**TEXT | {"encoder_layers": 2, "decoder_layers": 2, "bidirectional": True, "bow_weight": 0.5} | kw)),
         sentences,
     ),
     "text, tied": lambda **kw: (

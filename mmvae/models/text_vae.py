@@ -269,7 +269,7 @@ class TextVAE(TextGeneration, ClassVAE):
         if self.word_bag is None or not self.training:
             return None
         classes = torch.arange(z.shape[1], device=z.device).unsqueeze(1) if self.config.num_classes else None
-        log_p = at_least_float32(self.word_bag(self.with_class(z, classes))).log_softmax(-1)
+        log_p = at_least_float32(self.word_bag(self.with_class(z, classes).to(self.dtype))).log_softmax(-1)
         wanted = self.target(**self._only(type(self).input_names, inputs)).expand(*z.shape[:3], -1)
         said = log_p.gather(-1, wanted.clamp_min(0)).masked_fill(wanted == -100, 0.0)
         return self.config.bow_weight * said.sum(-1)
