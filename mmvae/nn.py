@@ -1,11 +1,11 @@
-"""Convolution trunks for images; leading dimensions, and the rows of a batch that count.
+"""Convolution trunks for images; leading dimensions, the rows of a batch that count, and what layers give.
 
 Shapes: ``B`` batch, ``C,H,W`` image, ``h,w`` its size at the bottom of the trunk.
 Blocks are those that are fast on CPU and GPU alike: space-to-depth instead of a large first convolution, stride-1 convolutions and
 PixelShuffle instead of transposed ones.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -183,6 +183,22 @@ def running_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for part in running:
             part.training = True
+
+
+@contextmanager
+def outputs_of(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect what layers give meanwhile, in the order in which they are called."""
+    outputs: list[Tensor] = []
+    layers = list(layers)
+    for layer in layers:
+        if getattr(layer, "_is_replica", False):  # of nn.DataParallel's, which run at once and share their hooks
+            layer._forward_hooks = layer._forward_hooks.copy()
+    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output)) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class ScaledMean(nn.Module):

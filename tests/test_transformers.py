@@ -1,10 +1,12 @@
 """The models as citizens of transformers: configurations, Trainer, Auto classes."""
 
 import dataclasses
+import importlib
 import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 import mmvae
+from mmvae import MMVAE, ImageVAEForSemanticSegmentation, MMVAEConfig, TextVAEForSequenceClassification
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
 from mmvae.models.text_vae import TextVAE, TextVAEConfig
 from mmvae.noise import fold
@@ -185,6 +188,43 @@ def test_trainer_lowers_the_loss_with_sampling(tmp_path):
 
 
 @pytest.mark.parametrize(("build", "rows"), [(small_image, image_rows), (small_text, text_rows)], ids=["image", "text"])
+def joint(**options) -> MMVAE:
+    return MMVAE(MMVAEConfig(modalities={"image": small_image().config, "text": small_text().config}, latent_dim=2, **options))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: small_image(prior="vamp", output_hidden_states=True),
+        lambda: small_text(output_hidden_states=True),
+        joint,
+        lambda: TextVAEForSequenceClassification(small_text(num_labels=2).config),
+        lambda: ImageVAEForSemanticSegmentation(small_image().config),
+    ],
+    ids=["image", "text", "joint", "classifier", "segmenter"],
+)
+def test_the_replicas_of_data_parallel_compute_what_the_model_does(build, monkeypatch):
+    """``Trainer`` makes them where it sees several GPUs; all but the copies of weights, which lie on the CPU here, is torch's own."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(
+        module, "_broadcast_coalesced_reshape", lambda tensors, devices, detach=False: [[x * 1 for x in tensors] for _ in devices]
+    )
+    model, data = build().train(), image_rows().columns | text_rows().columns
+    if isinstance(model, ImageVAEForSemanticSegmentation):
+        data["labels"] = torch.zeros(32, 8, 8, dtype=torch.long)
+    inputs = {name: column for name, column in data.items() if name in (*model.input_names, "noise_key")}
+    halves = [{name: column[rows] for name, column in inputs.items()} for rows in (slice(16), slice(16, 32))]
+    expected = [model(**half) for half in halves]
+    gradients = torch.autograd.grad(sum(out.loss for out in expected), list(model.parameters()), allow_unused=True)
+    with ThreadPoolExecutor(2) as threads:
+        received = list(threads.map(lambda replica, half: replica(**half), module.replicate(model, [0, 1]), halves))
+    for out, other in zip(received, expected, strict=True):
+        assert out.keys() == other.keys()
+        torch.testing.assert_close(tuple(out.values()), tuple(other.values()))
+    again = torch.autograd.grad(sum(out.loss for out in received), list(model.parameters()), allow_unused=True)
+    torch.testing.assert_close([x for x in again if x is not None], [x for x in gradients if x is not None])
+
+
 def test_a_misspelt_argument_of_forward_names_the_nearest(build, rows):
     model, inputs = build().eval(), {name: column[:2] for name, column in rows().columns.items() if name != "labels"}
     name = f"{type(model).__name__}.forward"

@@ -5,7 +5,7 @@ Shapes: ``S`` samples, ``K`` components of the posterior, ``B`` batch, ``*event`
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from mmvae.distributions import DiagNormal
 from mmvae.likelihoods import Scale
 from mmvae.models.configuration import VAEConfig
 from mmvae.models.pretrained import VerifiedModel
-from mmvae.nn import ScaledMean, running_statistics
+from mmvae.nn import ScaledMean, outputs_of, running_statistics
 from mmvae.noise import fold, keyed_normal
 from mmvae.objectives import Objective, elbo, log_weights
 from mmvae.priors import Prior
@@ -74,18 +74,6 @@ def seeded(generator: torch.Generator | None) -> Iterator[None]:
         if generator is not None:
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
         yield
-
-
-@contextlib.contextmanager
-def outputs_of(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect what layers give meanwhile, in the order in which they are called."""
-    outputs: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output)) for layer in layers]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _at_least(name: str, value: int, least: int) -> None:

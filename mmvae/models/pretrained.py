@@ -90,6 +90,21 @@ class VerifiedModel(PreTrainedModel):
         had = cls.config_class.from_dict(dict(saved))
         return list(_differing(had.to_dict() | {"num_labels": had.num_labels}, asked))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._some_weight().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return self._some_weight().dtype
+
+    def _some_weight(self) -> torch.Tensor:
+        if getattr(self, "_is_replica", False):  # one of nn.DataParallel's, whose weights are no parameters
+            return next(weight for part in self.modules() for weight in part._former_parameters.values())
+        return next(weight for weight in self.parameters() if weight.is_floating_point())
+
     def post_init(self) -> None:
         """What transformers does at the end of ``__init__``; then, where a folder is being read, whether its tensors fit."""
         super().post_init()

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from mmvae.models.base import outputs_of
 from mmvae.models.classes import checked_labels
 from mmvae.models.headed import HeadedVAE
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
 from mmvae.models.inherited import refuse_unknown
+from mmvae.nn import outputs_of
 from mmvae.objectives import Objective, dreg
 from mmvae.pose import OUTSIDE, within
 
