@@ -319,3 +319,16 @@ def test_one_class_and_misspelt_arguments_are_refused():
     joint = MMVAEForClassification(joint_config(num_labels=3))
     with pytest.raises(TypeError, match="unknown input 'lables'; the nearest one is 'labels'"):
         joint(**inputs_of(joint), lables=LABELS)
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"share_embeddings": True}, {"bow_weight": 1.0}], ids=str)
+def test_a_classifier_s_vocabulary_is_resized_as_its_vae_s(options, tmp_path):
+    model = TextVAEForSequenceClassification(text_config(num_labels=3, **options))
+    before = model.eval()(**inputs_of(model)).logits
+    model.resize_token_embeddings(25)
+    torch.testing.assert_close(model(**inputs_of(model)).logits, before)
+    new = {"input_ids": torch.tensor([[1, 24, 2]]), "labels": torch.tensor([1])}
+    assert model.train()(**new, alpha=1.0).loss.isfinite()
+    model.eval().save_pretrained(tmp_path)
+    again = TextVAEForSequenceClassification.from_pretrained(tmp_path)
+    assert again.config.vocab_size == 25 and torch.equal(again(**new).loss, model(**new).loss)

@@ -196,6 +196,10 @@ class TextVAEForSequenceClassification(LatentClassifier):
     main_input_name = "input_ids"
     input_modalities = ("text",)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the VAE's vocabulary; see :meth:`TextVAE.resize_token_embeddings`."""
+        return self.base_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
