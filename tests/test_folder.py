@@ -242,6 +242,15 @@ def test_a_full_disk_leaves_the_old_model(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "manifest.json", "model.safetensors"]
 
 
+def test_a_model_with_adapters_does_not_take_the_place_of_its_base(tmp_path):
+    model, _ = old_and_new()
+    model.save_pretrained(tmp_path)
+    model._hf_peft_config_loaded = True  # what add_adapter and load_adapter of transformers set
+    with pytest.raises(ValueError, match="received a ImageVAE with adapters, expected a whole one"):
+        model.save_pretrained(tmp_path)
+    assert verify(tmp_path)
+
+
 def test_a_round_trip_changes_no_byte_and_shards_go(folder, tmp_path):
     model = ImageVAE.from_pretrained(folder)
     model.save_pretrained(tmp_path / "again", max_shard_size=500)

@@ -145,8 +145,12 @@ class VerifiedModel(PreTrainedModel):
 
         Raises:
             OSError: the files cannot be written; what was there is untouched.
+            ValueError: the model has adapters: transformers would write them alone, over the model that they belong to.
         """
         _refuse_formats(kwargs)
+        if self._hf_peft_config_loaded:
+            expected = "expected a whole one; peft's own models save adapters"
+            raise ValueError(f"save_pretrained: received a {type(self).__name__} with adapters, {expected}")
         writing = {name: kwargs.pop(name) for name in ("state_dict", "max_shard_size", "save_original_format") if name in kwargs}
         folder = Path(save_directory)
         with replacing(folder) as made:
