@@ -275,14 +275,13 @@ class MMVAE(JointGeneration):
                 continue
             latent = torch.cat([z, private[name]], -1) if name in private else z
             conditions = self.source_of(name, q) | given.conditions[name]
-            scored = (here & given.present[:, m]).flatten()
-            rows = None if (pairs := some_rows(scored)) is None else pairs % z.shape[2]
-            with unless_seen(vae, scored, pairs):
+            kept = (here & given.present[:, m]).flatten()
+            rows = None if (pairs := some_rows(kept)) is None else pairs % z.shape[2]
+            with unless_seen(vae, kept, pairs):
                 p = vae.decode(latent if pairs is None else latent.flatten(1, 2)[:, pairs], **take_rows(conditions, rows))
                 log_prob = p.log_prob(vae.target(**take_rows(given.inputs[name], rows)))
             if pairs is not None:
-                blank = log_prob.new_zeros(len(z), len(scored))
-                log_prob = blank.index_copy(1, pairs, torch.where(scored[pairs], log_prob, 0.0)).view(z.shape[:3])
+                log_prob = log_prob.new_zeros(len(z), len(kept)).index_copy(1, pairs, log_prob.where(kept[pairs], 0.0)).view(z.shape[:3])
             values[name] = log_prob
         return values
 
