@@ -187,7 +187,6 @@ def test_trainer_lowers_the_loss_with_sampling(tmp_path):
     assert torch.equal(TextVAE.from_pretrained(tmp_path / "saved").lm_head.weight, trainer.model.lm_head.weight)
 
 
-@pytest.mark.parametrize(("build", "rows"), [(small_image, image_rows), (small_text, text_rows)], ids=["image", "text"])
 def joint(**options) -> MMVAE:
     return MMVAE(MMVAEConfig(modalities={"image": small_image().config, "text": small_text().config}, latent_dim=2, **options))
 
@@ -225,6 +224,7 @@ def test_the_replicas_of_data_parallel_compute_what_the_model_does(build, monkey
     torch.testing.assert_close([x for x in again if x is not None], [x for x in gradients if x is not None])
 
 
+@pytest.mark.parametrize(("build", "rows"), [(small_image, image_rows), (small_text, text_rows)], ids=["image", "text"])
 def test_a_misspelt_argument_of_forward_names_the_nearest(build, rows):
     model, inputs = build().eval(), {name: column[:2] for name, column in rows().columns.items() if name != "labels"}
     name = f"{type(model).__name__}.forward"

@@ -69,7 +69,11 @@ class ClassifierOutput(ModelOutput):
 
 
 class LatentClassifier(HeadedVAE):
-    """A VAE, ``base_model``, with a ``head`` that gives the class of a row; see the module's docstring. One subclass per kind of VAE."""
+    """A VAE, ``base_model``, with a ``head`` that gives the class of a row; see the module's docstring. One subclass per kind of VAE.
+
+    Without ``alpha`` nothing is decoded, so the decoder and the prior have no gradient. ``Trainer`` and the recipes know; your own loop
+    over ``DistributedDataParallel`` wants ``find_unused_parameters=True``, or :func:`mmvae.optimization.freeze_unreached` before it.
+    """
 
     vae_class: ClassVar[type[VAE]]
 
