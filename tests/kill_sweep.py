@@ -224,7 +224,7 @@ def plant_in_place() -> None:
             shutil.rmtree(old)
         folder = Path(root, f"step-{step:08d}")
         folder.mkdir(parents=True)
-        manifest = checkpoint._manifest(step, checkpoint._write_state(folder, state), info)
+        manifest = checkpoint._manifest(step, checkpoint._write_state(folder, state), info, None)
         checkpoint.write_text(folder / "manifest.json", checkpoint.seal(manifest))
         return folder
 
