@@ -22,7 +22,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not last or torch.compiler.is_compiling():
+        plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not plain or not last or torch.compiler.is_compiling():
             return super().forward(x)
         return _Grouped.apply(x, self.weight, self.bias, self.num_groups, self.eps)
 
@@ -36,14 +37,19 @@ class _Grouped(torch.autograd.Function):
         size = rows.shape[1] * rows.shape[2] // groups
         mean, square = (each.unflatten(1, (groups, -1)).sum(-1, keepdim=True) / size for each in (rows.sum(1), vecdot(rows, rows, dim=1)))
         rstd = (square - mean.square()).clamp_min(0).add(eps).rsqrt()
-        ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.eps = eps
         factor = rstd * weight.view(groups, -1)
         y = torch.addcmul(_by_channel(bias.view(groups, -1) - mean * factor, rows), rows, _by_channel(factor, rows))
         return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight = ctx.saved_tensors
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again, which torch's own can
+            needed = [each for each, wanted in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if wanted]
+            found = iter(torch.autograd.grad(F.group_norm(x, mean.shape[1], weight, bias, ctx.eps), needed, gradient, create_graph=True))
+            return (*(next(found) if wanted else None for wanted in ctx.needs_input_grad[:3]), None, None)
         rows, grad = (each.permute(0, 2, 3, 1).flatten(1, 2) for each in (x, gradient))
         groups, size = mean.shape[1], rows.shape[1] * rows.shape[2] // mean.shape[1]
         of_bias, products = (each.unflatten(1, (groups, -1)) for each in (grad.sum(1), vecdot(grad, rows, dim=1)))

@@ -41,6 +41,10 @@ def test_group_norm_is_that_of_torch():
         torch.testing.assert_close(own, true, rtol=1e-4, atol=1e-4)
     wide = [value.detach().double().requires_grad_() for value in (grads[0][0], ours.weight, ours.bias)]
     assert torch.autograd.gradcheck(lambda *given: _Grouped.apply(*given, 3, 1e-5), wide)
+    assert torch.autograd.gradgradcheck(lambda *given: _Grouped.apply(*given, 3, 1e-5), wide)
+    far = 100 + torch.randn(2, 6, 4, 4).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):  # under which some products are of 8 bits
+        torch.testing.assert_close(ours(far), torchs(far))
 
 
 def test_group_norm_takes_any_width():
