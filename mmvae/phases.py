@@ -150,7 +150,11 @@ def _of_part(names: Iterable[str], model: nn.Module, part: str) -> set[str]:
 
 
 def check_resets(phases: Sequence[Phase], model: nn.Module) -> None:
-    """Refuse a new decoder whose embedding is the encoder's, too, which that phase is to keep: ValueError."""
+    """Refuse a new decoder whose embedding is the encoder's, too, which is to be kept, and new weights for what is frozen: ValueError."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for phase in phases:
+        if phase.reset and (stuck := sorted(frozen & part_of(model, phase.reset))):
+            raise ValueError(f"reset: received {phase.reset!r}, of which {stuck[0]} is frozen, expected a part that is trained afterwards")
     shared = any(getattr(getattr(module, "config", None), "share_embeddings", False) for module in model.modules())
     if shared and any(phase.reset == "generation" for phase in phases):
         raise ValueError("reset: received 'generation' with share_embeddings, expected an encoder with an embedding of its own")

@@ -229,6 +229,10 @@ def test_mmvm_is_refused_of_one_modality_and_not_of_two():
 def test_a_new_decoder_leaves_the_encoder_its_embedding():
     phases = build_phases(RUN, [{"steps": 1}, {"reset": "generation"}])
     check_resets(phases, TextVAE(TextVAEConfig(vocab_size=9, latent_dim=2)))
+    frozen = TextVAE(TextVAEConfig(vocab_size=9, latent_dim=2))
+    frozen.lm_head.requires_grad_(False)
+    with pytest.raises(ValueError, match="reset: received 'generation', of which lm_head.* is frozen, expected a part that is trained"):
+        check_resets(phases, frozen)
     with pytest.raises(ValueError, match="reset: received 'generation' with share_embeddings, expected an encoder with an embedding of"):
         check_resets(phases, TextVAE(TextVAEConfig(vocab_size=9, latent_dim=2, share_embeddings=True)))
 
