@@ -246,7 +246,7 @@ def test_a_model_with_adapters_does_not_take_the_place_of_its_base(tmp_path):
     model, _ = old_and_new()
     model.save_pretrained(tmp_path)
     model._hf_peft_config_loaded = True  # what add_adapter and load_adapter of transformers set
-    with pytest.raises(ValueError, match="received a ImageVAE with adapters, expected a whole one"):
+    with pytest.raises(ValueError, match="holds a model, received a ImageVAE with adapters, expected another folder"):
         model.save_pretrained(tmp_path)
     assert verify(tmp_path)
 

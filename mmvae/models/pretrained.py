@@ -145,14 +145,14 @@ class VerifiedModel(PreTrainedModel):
 
         Raises:
             OSError: the files cannot be written; what was there is untouched.
-            ValueError: the model has adapters: transformers would write them alone, over the model that they belong to.
+            ValueError: the model has adapters and the folder a model: transformers would write them alone, over what they belong to.
         """
         _refuse_formats(kwargs)
-        if self._hf_peft_config_loaded:
-            expected = "expected a whole one; peft's own models save adapters"
-            raise ValueError(f"save_pretrained: received a {type(self).__name__} with adapters, {expected}")
-        writing = {name: kwargs.pop(name) for name in ("state_dict", "max_shard_size", "save_original_format") if name in kwargs}
         folder = Path(save_directory)
+        if self._hf_peft_config_loaded and (folder / "config.json").exists():
+            expected = "expected another folder, or a whole model"
+            raise ValueError(f"{folder}: holds a model, received a {type(self).__name__} with adapters, {expected}")
+        writing = {name: kwargs.pop(name) for name in ("state_dict", "max_shard_size", "save_original_format") if name in kwargs}
         with replacing(folder) as made:
             super().save_pretrained(made, is_main_process=is_main_process, **writing)
         if push_to_hub and is_main_process:
