@@ -80,6 +80,6 @@ def angle_told(
 
     x, test_x = latent.double().numpy(), test_latent.double().numpy()
     y, test_y = (torch.stack([(symmetry * a).cos(), (symmetry * a).sin()], 1).double().numpy() for a in (angle, test_angle))
-    network = MLPRegressor(hidden_layer_sizes=(64, 64), max_iter=200, early_stopping=True, random_state=seed)
+    network = MLPRegressor(hidden_layer_sizes=(64, 64), max_iter=200, early_stopping=True, random_state=seed % 2**32)
     fits = {"linear": LinearRegression(), "mlp": network}
     return {name: float(r2_score(test_y, make_pipeline(StandardScaler(), fit).fit(x, y).predict(test_x))) for name, fit in fits.items()}

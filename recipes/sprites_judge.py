@@ -114,7 +114,7 @@ def main() -> None:
     accelerator = build_accelerator(args.mixed_precision)
     if accelerator.num_processes > 1:
         raise ValueError(f"num_processes: got {accelerator.num_processes}, expected 1: the judge is small")
-    set_seed(args.seed)
+    set_seed(args.seed % 2**32)
     began = time.perf_counter()
     judge = train(args, accelerator)
     seconds = {"training": round(time.perf_counter() - began, 1)}
