@@ -56,7 +56,7 @@ from mmvae.study import (
 )
 
 ARMS = ("real", "augmented")
-PLACES = ("dataset", "output_dir", "hub_token")
+PLACES = ("dataset", "output_dir", "resume", "hub_token")
 
 
 @dataclass

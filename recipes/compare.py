@@ -41,7 +41,7 @@ from mmvae.pictures import table
 from mmvae.study import CLASSIFIERS, LabelledData, StudyRun, mean_and_deviation, one_modality, train_classifier, train_once
 
 METHODS = ("fine-tuned", "joint", "plain", "logistic")
-PLACES = ("dataset", "output_dir", "vae", "hub_token")
+PLACES = ("dataset", "output_dir", "resume", "vae", "hub_token")
 
 
 @dataclass
