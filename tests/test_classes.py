@@ -454,6 +454,12 @@ def test_the_image_recipe_shows_pictures_by_class(tmp_path):
     assert "classes.png" in (tmp_path / "run" / "README.md").read_text()
 
 
+def test_a_model_without_classes_tells_none():
+    model = ImageVAE(ImageVAEConfig(image_size=8, hidden_channels=[4], latent_dim=2))
+    with pytest.raises(ValueError, match="num_classes: received 0, expected a model that was made with classes"):
+        model.classify(pixel_values=torch.zeros(1, 3, 8, 8))
+
+
 def test_kl_is_of_the_class_too(made):
     """Of a row that tells its class: KL(q(z|x, y) || p(z)) - log p(y)."""
     model, inputs = made

@@ -171,7 +171,9 @@ class ClassVAE(VAEModel):
 
     @torch.no_grad()
     def classify(self, **inputs: Tensor) -> Tensor:
-        """log q(y|x), (B, N) nats, from the modality's inputs."""
+        """log q(y|x), (B, N) nats, from the modality's inputs; ValueError of a model without classes."""
+        if not self.config.num_classes:
+            raise ValueError("num_classes: received 0, expected a model that was made with classes")
         return self._log_qy(self.features(**self._only(type(self).input_names, inputs))).T
 
     def posterior(self, labels: Tensor | None = None, **inputs: Tensor) -> Posterior:
