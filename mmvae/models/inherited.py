@@ -68,16 +68,17 @@ FOREIGN_ARGUMENTS = {
 }
 
 
-def refuse_unknown(module: nn.Module, received: Mapping[str, Any]) -> None:
+def refuse_unknown(module: nn.Module, received: Mapping[str, Any], taken: Iterable[str] = ()) -> None:
     """Name a misspelt argument of ``module.forward``, which must swallow ``FOREIGN_ARGUMENTS`` and nothing else.
 
     Arguments:
         module: whose ``forward`` was called.
         received: the arguments that none of its parameters took; conditions of the module are among those that it knows.
+        taken: names that it takes without such a parameter.
 
     Raises:
         TypeError: naming the argument and the parameter nearest to it.
     """
     for name in received.keys() - FOREIGN_ARGUMENTS - set(module.condition_names):
-        known = (inspect.signature(module.forward).parameters.keys() | set(module.input_names)) - {"kwargs"}
+        known = (inspect.signature(module.forward).parameters.keys() | {*module.input_names, *taken}) - {"kwargs"}
         raise TypeError(f"{type(module).__name__}.forward: unknown argument {name!r}; the nearest one is {nearest(name, known)!r}")

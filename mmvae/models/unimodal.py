@@ -13,8 +13,9 @@ from mmvae.aggregation import Posterior, alone
 from mmvae.distributions import DiagNormal
 from mmvae.models.base import VAE, VAEOutput
 from mmvae.models.inherited import refuse_unknown
-from mmvae.objectives import Objective
 from mmvae.priors import PRIORS
+
+_OPTIONS = ("num_samples", "objective", "noise_key", "sample_posterior", "output_hidden_states")  # of VAE.bound
 
 
 class VAEModel(VAE):
@@ -56,30 +57,20 @@ class VAEModel(VAE):
         return PRIORS[self.config.prior](self.latent_shape, self.config.prior_components, self.pseudo_input_shape)
 
     @can_return_tuple
-    def forward(
-        self,
-        main_input: Tensor | None = None,
-        beta: float = 1.0,
-        num_samples: int = 1,
-        objective: Objective | None = None,
-        noise_key: Tensor | None = None,
-        sample_posterior: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_loss: bool = True,
-        **kwargs: Any,
-    ) -> VAEOutput:
-        """Minus the objective, and what it is made of; see :meth:`VAE.bound` for the arguments.
+    def forward(self, main_input: Tensor | None = None, beta: float = 1.0, *, return_loss: bool = True, **kwargs: Any) -> VAEOutput:
+        """Minus the objective, and what it is made of. A model that ``Trainer`` is to read the inputs' names off spells them out.
 
         Arguments:
             main_input: what is called ``main_input_name``, and may be given by that name.
             return_loss: there for ``transformers.Trainer``; the loss is always returned.
-            kwargs: inputs and conditions by name; what else transformers hands to every model; any other name is a TypeError.
+            kwargs: inputs, conditions, and options of :meth:`VAE.bound` by name; what else transformers hands to every model; any other
+                name is a TypeError.
         """
         given = {name: kwargs.pop(name) for name in (*self.input_names, *self.condition_names) if name in kwargs}
         given |= {} if main_input is None else {self.main_input_name: main_input}
-        refuse_unknown(self, kwargs)
-        options = {"noise_key": noise_key, "sample_posterior": sample_posterior, "output_hidden_states": output_hidden_states}
-        return self.bound(given, beta, num_samples, objective, **options)
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        refuse_unknown(self, kwargs, _OPTIONS)
+        return self.bound(given, beta, **options)
 
     def posterior(self, **inputs: Tensor) -> Posterior:
         """q(z|x) as the only expert."""
