@@ -15,7 +15,7 @@ from torch import Tensor
 from mmvae.distributions import DiagNormal
 from mmvae.metrics import active_units, bits_per_dim, mutual_information, perplexity, psnr, ssim
 from mmvae.models.configuration import VAEConfig, input_name
-from mmvae.models.image_vae import BINARIZATIONS
+from mmvae.models.image_configuration import BINARIZATIONS
 from mmvae.models.unimodal import VAEModel
 from mmvae.noise import fold, keyed_normal, keyed_uniform
 from mmvae.objectives import elbo

@@ -42,8 +42,10 @@ class ImageArguments(LabelArguments):
     input_noise: float = field(default=0.0, metadata={"help": "standard deviation of noise on the encoder's input: a denoising VAE"})
     input_jitter: float = field(default=0.0, metadata={"help": "strength, to 1, of turns, slants and shifts of the encoder's input alone"})
     latent_dim: int = field(default=16, metadata={"help": "16 suits the built-in sprites; pictures with more in them want more"})
-    hidden_channels: list[int] | None = None
-    num_blocks: int = 1
+    hidden_channels: list[int] | None = field(default=None, metadata={"help": "of every level; else the default network of this size"})
+    num_blocks: int | None = None
+    patch_size: int | None = None
+    hidden_size: int | None = None
     pose: str = field(
         default="auto", metadata={"help": "none, or rotation, rotation+shift of one object; auto: the last for built-in sprites, else none"}
     )

@@ -109,10 +109,10 @@ def test_models_know_their_place():
         assert not siblings & {"heads", "segmentation"} or path.stem == "__init__", show(path)
         if path.stem not in ("heads", "segmentation", "__init__"):
             lower = {"base", "unimodal"} if path.stem not in ("base", "configuration", "pretrained") else set()
-            of_classes = ("image_vae", "text_vae", "text_generation", "stacked")
+            of_classes = ("image_vae", "image_configuration", "text_vae", "text_generation", "stacked")
             modality = {"classes"} if path.stem in of_classes else set()
             parts = {"base": {"pretrained"}, "headed": {"pretrained"}, "configuration": {"inherited"}}
-            parts |= {"mmvae": {"joint_generation"}, "image_vae": {"tiling"}, "text_vae": {"text_generation"}}
+            parts |= {"mmvae": {"joint_generation"}, "image_vae": {"tiling", "image_configuration"}, "text_vae": {"text_generation"}}
             lower |= modality | parts.get(path.stem, set())
             assert siblings <= {"configuration", "inherited"} | lower, show(path)
 

@@ -1,12 +1,15 @@
 """ImageVAE: any size and number of channels, normalised scores, and tiles that are exact where they can be."""
 
+import json
 import math
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
+from transformers import AutoModel
 
+from mmvae import MMVAE, MMVAEConfig
 from mmvae.likelihoods import LIKELIHOODS
 from mmvae.models.image_vae import ImageVAE, ImageVAEConfig
 from mmvae.noise import fold
@@ -51,6 +54,53 @@ def test_the_default_has_at_most_a_million_parameters(size, channels):
     model = ImageVAE(ImageVAEConfig(image_size=size, num_channels=channels))
     assert sum(p.numel() for p in model.parameters()) <= 1_000_000
     assert max(model.config.bottom_size) <= 7 or size == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "channels", "blocks", "patch", "hidden"),
+    [
+        ({"image_size": 28}, [32], 2, 4, 240),
+        ({"image_size": 32}, [32, 64], 2, 4, 240),
+        ({"image_size": 28, "patch_size": 2}, [32, 64], 1, 2, 0),
+        ({"image_size": 28, "spatial_latent": True}, [32, 64], 1, 2, 0),
+        ({"image_size": 64, "hidden_size": 100}, [16, 32, 64, 64], 1, 2, 100),
+        ({"image_size": 64, "pose": "rotation+shift"}, [32, 64, 64], 1, 2, 0),
+        ({"image_size": 28, "hidden_channels": [8]}, [8], 1, 2, 0),
+        ({"image_size": 28, "hidden_channels": [8, 9], "num_blocks": 0, "patch_size": 7}, [8, 9], 0, 7, 0),
+    ],
+)
+def test_the_network_is_what_the_fields_say_else_the_default(options, channels, blocks, patch, hidden, tmp_path):
+    model = ImageVAE(ImageVAEConfig(num_channels=1, **options))
+    assert model.config.trunk == (channels, blocks, patch, hidden)
+    model.save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    assert [told[name] for name in ("hidden_channels", "num_blocks", "patch_size", "hidden_size")] == [channels, blocks, patch, hidden]
+    assert ImageVAE.from_pretrained(tmp_path).config.trunk == model.config.trunk
+    assert model(pictures(2, 1, *model.config.height_width)).loss.isfinite()
+
+
+def test_folders_of_older_versions_keep_the_default_of_their_time(tmp_path):
+    """It was named by None, and squares of pixels had no name."""
+    model = ImageVAE(ImageVAEConfig(image_size=28, num_channels=1, latent_dim=3, patch_size=2)).eval()
+    x = pictures(2, 1, 28, 28)
+    for place, whole, reach in (
+        (tmp_path / "one", model, lambda values: values),
+        (tmp_path / "two", MMVAE(MMVAEConfig(modalities={"image": model.config})).eval(), lambda values: values["modalities"]["image"]),
+    ):
+        whole.save_pretrained(place)
+        (place / "manifest.json").unlink()
+        values = json.loads((place / "config.json").read_text())
+        inner = reach(values)
+        del inner["patch_size"], inner["hidden_size"]
+        inner |= {"hidden_channels": None, "num_blocks": 1}
+        (place / "config.json").write_text(json.dumps(values))
+        again = AutoModel.from_pretrained(place).eval()
+        torch.testing.assert_close(again(pixel_values=x).loss, whole(pixel_values=x).loss)
+
+
+def test_a_spatial_latent_has_no_hidden_layer():
+    with pytest.raises(StrictDataclassError, match="ImageVAEConfig.hidden_size: received 8 with spatial_latent, expected 0"):
+        make(hidden_size=8, spatial_latent=True)
 
 
 @pytest.mark.parametrize(

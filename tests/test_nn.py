@@ -4,14 +4,25 @@ import pytest
 import torch
 from torch import nn
 
-from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, GroupNorm, ResidualBlock, ScaledMean, _Grouped, fold_leading, receptive_radius
+from mmvae.nn import (
+    NORMS,
+    ConvDecoder,
+    ConvEncoder,
+    GroupNorm,
+    ResidualBlock,
+    ScaledMean,
+    TrunkSizes,
+    _Grouped,
+    fold_leading,
+    receptive_radius,
+)
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("channels", [[4], [4, 6], [4, 6, 10]])
-def test_trunks_mirror_each_other(norm, channels):
-    side = 2 ** len(channels)
-    encoder, decoder = ConvEncoder(3, channels, 2, norm), ConvDecoder(5, channels, 2, norm)
+@pytest.mark.parametrize(("channels", "patch_size"), [([4], 2), ([4, 6], 2), ([4, 6, 10], 2), ([4, 6], 1), ([4, 6], 3)])
+def test_trunks_mirror_each_other(norm, channels, patch_size):
+    side = TrunkSizes(channels, patch_size=patch_size).stride
+    encoder, decoder = (make(values, channels, 2, norm, patch_size=patch_size) for make, values in ((ConvEncoder, 3), (ConvDecoder, 5)))
     h = encoder(torch.rand(2, 3, 3 * side, 2 * side))
     assert h.shape == (2, channels[-1], 3, 2)
     assert decoder(h).shape == (2, 5, 3 * side, 2 * side)
@@ -54,15 +65,17 @@ def test_group_norm_takes_any_width():
         assert norm.num_groups <= 8
 
 
-@pytest.mark.parametrize(("levels", "blocks"), [(1, 0), (1, 1), (2, 1), (2, 2), (3, 1)])
-def test_the_receptive_radius_covers_what_an_output_depends_on(levels, blocks):
+@pytest.mark.parametrize(
+    ("levels", "blocks", "patch"), [(1, 0, 2), (1, 1, 2), (2, 1, 2), (2, 2, 2), (3, 1, 2), (1, 2, 4), (2, 1, 3), (2, 1, 1)]
+)
+def test_the_receptive_radius_covers_what_an_output_depends_on(levels, blocks, patch):
     """The gradient of one output with respect to the input vanishes beyond the radius, and does not vanish everywhere inside."""
-    radius, stride = receptive_radius(levels, blocks), 2**levels
+    radius, stride = receptive_radius(levels, blocks, patch), patch * 2 ** (levels - 1)
     side = 2 * radius + 5
     middle = side // 2
     bottom = nn.Conv2d(3, 2, 3, padding=1).double()
     pixels = torch.randn(1, 1, side * stride, side * stride, dtype=torch.float64, requires_grad=True)
-    latent = bottom(ConvEncoder(1, [3] * levels, blocks, "none").double()(pixels))
+    latent = bottom(ConvEncoder(1, [3] * levels, blocks, "none", patch_size=patch).double()(pixels))
     reach = torch.autograd.grad(latent[0, :, middle, middle].sum(), pixels)[0][0, 0].abs()
     inside = slice((middle - radius) * stride, (middle + radius + 1) * stride)
     assert reach[inside, inside].any()
@@ -71,7 +84,7 @@ def test_the_receptive_radius_covers_what_an_output_depends_on(levels, blocks):
 
     top = nn.Conv2d(2, 3, 3, padding=1).double()
     z = torch.randn(1, 2, side, side, dtype=torch.float64, requires_grad=True)
-    pixels = ConvDecoder(1, [3] * levels, blocks, "none").double()(top(z))
+    pixels = ConvDecoder(1, [3] * levels, blocks, "none", patch_size=patch).double()(top(z))
     core = pixels[..., middle * stride : (middle + 1) * stride, middle * stride : (middle + 1) * stride]
     reach = torch.autograd.grad(core.sum(), z)[0][0].abs().sum(0)
     inside = slice(middle - radius, middle + radius + 1)

@@ -29,7 +29,9 @@ def build(**options):
     return ImageVAEForSemanticSegmentation(ImageVAEConfig(**config))
 
 
-@pytest.mark.parametrize("options", [{}, {"latent_dim": 2, "spatial_latent": True}, {"pose": "rotation+shift"}, {"image_size": [18, 14]}])
+@pytest.mark.parametrize(
+    "options", [{}, {"latent_dim": 2, "spatial_latent": True}, {"pose": "rotation+shift"}, {"image_size": [18, 14]}, {"patch_size": 4}]
+)
 def test_the_loss_is_the_cross_entropy_and_jointly_also_the_bound(options):
     model, (height, width) = build(**options), ImageVAEConfig(image_size=options.get("image_size", 16)).height_width
     pixels, labels = F.interpolate(PIXELS, (height, width)), F.interpolate(LABELS[:, None], (height, width))[:, 0].clone()

@@ -48,7 +48,7 @@ def test_hostile_values_are_named_or_legitimate(config_class, name):
                 assert low <= kept <= high
             else:
                 assert isinstance(value, bool) or (value, name) in [
-                    (None, "hidden_channels"),
+                    *((None, field) for field in ("hidden_channels", "num_blocks", "patch_size", "hidden_size")),
                     (None, "classifier_alpha"),
                     ({}, "densities"),
                 ]

@@ -305,7 +305,7 @@ def inner(where: str, child: Any) -> PreTrainedConfig:
     try:
         if isinstance(child, Mapping) and kind not in _OF_OTHERS:
             refuse_from_files("its configuration", child)
-            child = AutoConfig.for_model(**child)
+            child = AutoConfig.for_model(kind).from_dict(dict(child))
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{where}: {error}") from error
     if not isinstance(child, VAEConfig) or child.model_type in _OF_OTHERS:  # any other model may be of any size

@@ -1,8 +1,9 @@
 r"""A convolutional VAE over images.
 
-Sizes: the trunk halves an image ``len(hidden_channels)`` times. An image that the total stride ``2 ** L`` does not divide is padded at
-the right and bottom by repeating its last column and row, and what is decoded is cut back to its size; 28x28 with two halvings needs
-no padding. Shapes: ``(B, C, H, W)`` pixels, uint8 or float in [0, 1]; latents ``(B, D)``, or ``(B, D, h, w)`` when they are spatial.
+Sizes: the trunk shrinks an image by its stride, ``patch_size`` and a halving for every further level. An image that the stride does not
+divide is padded at the right and bottom by repeating its last column and row, and what is decoded is cut back to its size; 28x28 in
+squares of 4x4 needs no padding. Shapes: ``(B, C, H, W)`` pixels, uint8 or float in [0, 1]; latents ``(B, D)``, or ``(B, D, h, w)`` when
+they are spatial.
 
 References:
     Kingma, Welling (2014), Auto-encoding variational Bayes, https://arxiv.org/abs/1312.6114
@@ -11,7 +12,6 @@ References:
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
@@ -20,144 +20,17 @@ from transformers.utils.generic import can_return_tuple
 from mmvae.aggregation import Posterior
 from mmvae.direction import ProjectedNormal
 from mmvae.distributions import DiagNormal
-from mmvae.likelihoods import LIKELIHOODS, SCALES, Likelihood
+from mmvae.likelihoods import Likelihood
 from mmvae.models.base import VAEOutput
-from mmvae.models.classes import ClassVAE, ClassVAEConfig
+from mmvae.models.classes import ClassVAE
+from mmvae.models.image_configuration import ImageVAEConfig
 from mmvae.models.inherited import refuse_unknown
 from mmvae.models.tiling import TiledModel
-from mmvae.nn import NORMS, ConvDecoder, ConvEncoder, fold_leading
+from mmvae.nn import ConvDecoder, ConvEncoder, fold_leading, linear
 from mmvae.objectives import Objective
 from mmvae.pose import POSES, Pose, jittered, lay
 
 _NARROW = -6.0  # log-variance of a pose at the beginning: 3 degrees
-
-BINARIZATIONS = ("none", "threshold", "dynamic")
-
-
-@strict
-class ImageVAEConfig(ClassVAEConfig):
-    """Configuration of an :class:`ImageVAE`, with classes or without; see :class:`ClassVAEConfig`.
-
-    Arguments:
-        image_size: pixels per side, or [height, width]; 4 to 4,096.
-        num_channels: 1 grey, 3 RGB, 4 RGBA.
-        hidden_channels: channels of every level of the trunks, from the image down; each level halves the image. None: as many levels as
-            bring a side to 7 pixels or fewer, the last 64 wide, those above 64, 32, then 16 (two levels: 32, 64); below 1 M parameters.
-        num_blocks: residual blocks per level.
-        pose: "rotation" or "rotation+shift": the last two dimensions of the latent are the angle, the two before them the place, of an
-            object on a plain background, which the trunks see and draw in a canonical pose; see :mod:`mmvae.pose`. Where texts tell of
-            the place, a joint model shares it: then 2 dimensions are private, otherwise 4.
-        pose_window: side of the square that the object fits into at every angle, in sides of the picture; with a shift.
-        spatial_latent: a latent of ``latent_dim`` channels at the bottom's resolution instead of a vector, for large pictures.
-        norm: "group", "batch" or "none".
-        dropout: inside residual blocks, [0, 1).
-        likelihood: a key of ``mmvae.likelihoods.LIKELIHOODS``. "bernoulli" with ``binarize`` "none" is for data that is 0 or 1 already;
-            "discretized_logistic" is about 256 levels and takes no other ``binarize``.
-        scale_mode: of a gaussian or laplace likelihood: "fixed", "learned" or "optimal"; the last follows every micro-batch of the
-            first rank, so that it alone makes a loss depend on gradient accumulation and on the rows of a batch.
-        scale: its (first) value in units of the pixel range.
-        input_noise: standard deviation of noise on the encoder's input in training (a denoising VAE), in units of the pixel range.
-        input_jitter: strength, at most 1, of random turns, scales, slants and shifts of the encoder's input in training, see
-            :func:`mmvae.pose.jittered`. The decoder draws the true picture: the latent learns what a picture shows rather than how.
-        binarize: how the data's pixels were made 0 or 1: "none", "threshold" or "dynamic". The recipes do it, before the model; the field
-            is a record for evaluation.
-    """
-
-    model_type = "image_vae"
-    base_config_key = "image_config"
-
-    image_size: int | list[int] | tuple[int, ...] = 64
-    num_channels: int = 3
-    hidden_channels: list[int] | tuple[int, ...] | None = None
-    num_blocks: int = 1
-    pose: str = "none"
-    pose_window: float = 0.5
-    spatial_latent: bool = False
-    norm: str = "group"
-    dropout: float | int = 0.0
-    likelihood: str = "gaussian"
-    scale_mode: str = "learned"
-    scale: float | int = 0.1
-    input_noise: float | int = 0.0
-    input_jitter: float | int = 0.0
-    binarize: str = "none"
-
-    ranges: ClassVar[dict[str, tuple[float, float]]] = ClassVAEConfig.ranges | {
-        "image_size": (4, 4096),
-        "hidden_channels": (1, 4096),
-        "num_blocks": (0, 64),
-        "pose_window": (0.05, 1),
-        "dropout": (0, 0.99),
-        "scale": (1e-3, 10),
-        "input_noise": (0, 10),
-        "input_jitter": (0, 1),
-    }
-    choices: ClassVar[dict[str, tuple[Any, ...]]] = ClassVAEConfig.choices | {
-        "num_channels": (1, 3, 4),
-        "norm": tuple(NORMS),
-        "pose": tuple(POSES),
-        "likelihood": tuple(LIKELIHOODS),
-        "scale_mode": SCALES,
-        "binarize": BINARIZATIONS,
-    }
-
-    @property
-    def height_width(self) -> tuple[int, int]:
-        """(H, W)."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
-
-    @property
-    def trunk_channels(self) -> list[int]:
-        """``hidden_channels``, or the default for this size."""
-        if self.hidden_channels is not None:
-            return list(self.hidden_channels)
-        levels, side = 1, -(-max(self.trunk_size) // 2)
-        while side > 7:
-            levels, side = levels + 1, -(-side // 2)
-        return [32, 64][-levels:] if levels < 3 else [*[16] * (levels - 3), 32, 64, 64]
-
-    @property
-    def stride(self) -> int:
-        """Pixels per latent pixel."""
-        return 2 ** len(self.trunk_channels)
-
-    @property
-    def bottom_size(self) -> tuple[int, int]:
-        """(h, w) at the bottom of the trunk."""
-        return tuple(-(-side // self.stride) for side in self.trunk_size)
-
-    @property
-    def least_private_dim(self) -> int:
-        """The two dimensions of an angle: matching finds it in a picture, another modality's encoder cannot learn to agree with that."""
-        return min(POSES[self.pose], 2)
-
-    @property
-    def trunk_size(self) -> tuple[int, int]:
-        """(H, W) of what the trunks see and draw: the picture, or the canonical window of a pose."""
-        return self.height_width if self.pose == "none" else Pose(self.pose, self.height_width, self.pose_window).window_size
-
-    def validate_architecture(self) -> None:
-        """Check the fields; see :meth:`VAEConfig.validate_architecture`."""
-        super().validate_architecture()
-        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
-            raise ValueError(f"ImageVAEConfig.image_size: received {self.image_size!r}, expected a number or [height, width]")
-        if self.hidden_channels is not None and not 1 <= len(self.hidden_channels) <= 8:
-            raise ValueError(f"ImageVAEConfig.hidden_channels: received {self.hidden_channels!r}, expected 1 to 8 levels")
-        if self.likelihood == "discretized_logistic" and self.binarize != "none":
-            raise ValueError(f"ImageVAEConfig.binarize: received {self.binarize!r}, expected 'none' with likelihood 'discretized_logistic'")
-        if self.pose != "none":
-            for name, wrong, expected in (
-                ("image_size", len(set(self.height_width)) > 1, "a square: a turn would change shapes"),
-                ("latent_dim", self.latent_dim <= POSES[self.pose], f"more than the {POSES[self.pose]} of the pose"),
-                ("spatial_latent", self.spatial_latent, "False"),
-                ("norm", self.norm == "batch", "'group' or 'none': the angle is found by drawing"),
-                ("input_jitter", self.input_jitter > 0, "0: the latent is to tell the pose"),
-            ):
-                if wrong:
-                    raise ValueError(f"ImageVAEConfig.{name}: received {getattr(self, name)!r} with a pose, expected {expected}")
-        if self.num_classes and (self.pose != "none" or self.spatial_latent):
-            with_ = f"pose {self.pose!r}" if self.pose != "none" else "spatial_latent"
-            raise ValueError(f"ImageVAEConfig.num_classes: received {self.num_classes} with {with_}, expected 0")
 
 
 class ImageVAE(ClassVAE, TiledModel):
@@ -178,21 +51,22 @@ class ImageVAE(ClassVAE, TiledModel):
 
     def __init__(self, config: ImageVAEConfig):
         super().__init__(config)
-        trunk = {"channels": config.trunk_channels, "num_blocks": config.num_blocks, "norm": config.norm, "dropout": config.dropout}
-        width, (height, across) = config.trunk_channels[-1], config.bottom_size
+        channels, num_blocks, patch_size, hidden = config.trunk
+        trunk = (channels, num_blocks, config.norm, config.dropout, patch_size)
+        width, (height, across) = channels[-1], config.bottom_size
         self.likelihood = Likelihood(config.likelihood, config.scale_mode, config.scale)
-        channels = config.num_channels * self.likelihood.parameters_per_value
+        values = config.num_channels * self.likelihood.parameters_per_value
         self.pose = None if config.pose == "none" else Pose(config.pose, config.height_width, config.pose_window)
         self.content_dim = config.latent_dim - POSES[config.pose]
-        self.encoder = ConvEncoder(config.num_channels, **trunk)
-        self.decoder = ConvDecoder(channels + bool(self.pose), **trunk)  # of a pose also a mask
+        self.encoder = ConvEncoder(config.num_channels, *trunk)
+        self.decoder = ConvDecoder(values + bool(self.pose), *trunk)  # of a pose also a mask
         if config.spatial_latent:
             self.to_moments: nn.Module = nn.Conv2d(width, 2 * config.latent_dim, 3, padding=1)
             self.from_latent: nn.Module = nn.Conv2d(config.latent_dim, width, 3, padding=1)
         else:
-            self.to_moments = nn.Linear(width * height * across, self.content_dim + config.latent_dim)
-            self.from_latent = nn.Linear(self.content_dim + config.num_classes, width * height * across)
-        self.behind = nn.Linear(self.content_dim, channels) if self.pose else None
+            self.to_moments = linear(width * height * across, hidden, self.content_dim + config.latent_dim)
+            self.from_latent = linear(self.content_dim + config.num_classes, hidden, width * height * across)
+        self.behind = nn.Linear(self.content_dim, values) if self.pose else None
         self.build_classes(width * height * across)
         self.latent_prior = self.build_prior()
         self.post_init()
@@ -207,7 +81,8 @@ class ImageVAE(ClassVAE, TiledModel):
 
     def hidden_layers(self) -> list[nn.Module]:
         """The stem, then the last of every level's layers: features (B, C, h, w) at every size from half the image down."""
-        return [self.encoder.stem, *list(self.encoder.levels)[max(self.config.num_blocks - 1, 0) :: self.config.num_blocks + 1]]
+        blocks = self.config.trunk.num_blocks
+        return [self.encoder.stem, *list(self.encoder.levels)[max(blocks - 1, 0) :: blocks + 1]]
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -272,7 +147,7 @@ class ImageVAE(ClassVAE, TiledModel):
 
     def _trunk(self, pixels: Tensor) -> Tensor:
         """What the posterior is read off: (B, F), or (B, F, h, w) with a spatial latent."""
-        x, stride = 2 * pixels.to(self.dtype) - 1, self.config.stride
+        x, stride = 2 * pixels.to(self.dtype) - 1, self.config.trunk.stride
         height, width = x.shape[-2:]
         if height % stride or width % stride:
             x = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")

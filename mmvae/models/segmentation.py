@@ -81,10 +81,9 @@ class ImageVAEForSemanticSegmentation(HeadedVAE):
         if config.num_labels < 2:
             raise ValueError(f"ImageVAEConfig.num_labels: received {config.num_labels}, expected at least 2: background, and what is there")
         self.image_vae = ImageVAE(config)
-        width = config.trunk_channels[0]
-        self.mask_head = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, 4 * config.num_labels, 3, padding=1), nn.PixelShuffle(2)
-        )
+        width, patch = config.trunk.channels[0], config.trunk.patch_size
+        last = nn.Conv2d(width, patch**2 * config.num_labels, 3, padding=1)
+        self.mask_head = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), last, nn.PixelShuffle(patch))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ class TiledModel(VAEModel):
     def _check(self, pixel_values: Tensor, any_size: bool = False) -> None:
         if not isinstance(pixel_values, Tensor):
             raise TypeError(f"pixel_values: received a {type(pixel_values).__name__}, expected a tensor")
-        expected, shape, stride = (self.config.num_channels, *self.config.height_width), tuple(pixel_values.shape), self.config.stride
+        expected, shape, stride = (self.config.num_channels, *self.config.height_width), tuple(pixel_values.shape), self.config.trunk.stride
         if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values: received {pixel_values.dtype}, expected torch.uint8, or floating point in [0, 1]")
         divides = len(shape) == 4 and shape[1] == expected[0] and not any(side % stride for side in shape[2:])
@@ -29,7 +29,7 @@ class TiledModel(VAEModel):
     def _picture_size(self, bottom: Tensor) -> tuple[int, int]:
         """(H, W) of the picture with this (*, h, w) at the bottom of the trunk."""
         height, width = bottom.shape[-2:]
-        stride, configured = self.config.stride, (height, width) == self.config.bottom_size
+        stride, configured = self.config.trunk.stride, (height, width) == self.config.bottom_size
         return self.config.height_width if configured else (height * stride, width * stride)
 
     def encode_tiled(self, pixel_values: Tensor, tile_size: int = 64) -> DiagNormal:
@@ -42,7 +42,7 @@ class TiledModel(VAEModel):
             pixel_values: (B, C, H, W), of the configured size or with sides that the stride divides.
             tile_size: of a tile's core, in latent pixels.
         """
-        stride = self.config.stride
+        stride = self.config.trunk.stride
         self._check(pixel_values, any_size=True)
         size = tuple(-(-side // stride) for side in pixel_values.shape[-2:])
         loc, logvar = (torch.empty(len(pixel_values), self.config.latent_dim, *size, device=pixel_values.device) for _ in range(2))
@@ -54,7 +54,7 @@ class TiledModel(VAEModel):
 
     def render_tiled(self, z: Tensor, tile_size: int = 64) -> Tensor:
         """:meth:`render` of a large spatial latent (B, D, h, w), tile by tile; exact where :meth:`encode_tiled` is."""
-        stride, size = self.config.stride, tuple(z.shape[-2:])
+        stride, size = self.config.trunk.stride, tuple(z.shape[-2:])
         pixels = torch.empty(len(z), self.config.num_channels, *(side * stride for side in size), device=z.device)
         for core, halo, inner in self._tiles(size, tile_size):
             # decoded without the cut to the configured size, which a tile may happen to have
@@ -71,7 +71,8 @@ class TiledModel(VAEModel):
             raise ValueError("tiles: received a model with spatial_latent=False, expected a spatial latent")
         if tile < 1:
             raise ValueError(f"tile_size: received {tile}, expected at least 1")
-        radius = receptive_radius(len(self.config.trunk_channels), self.config.num_blocks)
+        trunk = self.config.trunk
+        radius = receptive_radius(len(trunk.channels), trunk.num_blocks, trunk.patch_size)
         axes = []
         for side in size:
             starts = range(0, side, tile)
