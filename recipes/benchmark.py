@@ -12,7 +12,8 @@ busy machine. Ours keeps the memory that it frees, as the recipes do (:func:`mmv
 
 - text: random batches padded to the longest row, a packed ``nn.GRU``, log-softmax over all padded positions, unfused Adam, ``loss.item()``.
 - images: the same network with NCHW weights and features, per-item data with the default collate, unfused Adam, ``loss.item()``.
-- decoder: transposed 4x4 convolutions with BatchNorm and ReLU, as many parameters as ours.
+- decoder: from the latent by a linear layer and transposed 4x4 convolutions with BatchNorm and ReLU, as many parameters as ours. Which
+  of the two is better in nats is what ``recipes/benchmark_decoder.py`` trains for.
 - joint: the same encoders and decoders, one forward pass for each subset of modalities; ours draws a subset of every row before it
   encodes, by modality dropout with 0.5, which draws single modalities a little more often than MoPoE does.
 - log p(x): one picture at a time, encoded and decoded once for each of its samples, in copies of 100.

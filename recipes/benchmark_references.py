@@ -5,7 +5,7 @@ Shapes: ``B`` batch, ``T`` tokens, ``D`` latent, ``C,H,W`` picture, ``S`` sample
 
 import math
 from collections.abc import Mapping
-from itertools import chain, combinations
+from itertools import chain, combinations, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mmvae import ImageVAE, ImageVAEConfig, TextVAE
+from mmvae.nn import default_trunk
 
 
 def kl(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -94,22 +95,26 @@ def subset_loss(vaes: Mapping[str, nn.Module], inputs: Mapping[str, dict[str, Te
     return torch.stack(losses).mean()
 
 
-def transposed_decoder(channels: list[int], out_channels: int, parameters: int) -> nn.Sequential:
-    """Transposed convolutions, 4x4 with stride 2, from ``channels[-1]`` to the picture, as wide as makes about as many parameters."""
+def transposed_decoder(config: ImageVAEConfig, values: int, parameters: int) -> nn.Sequential:
+    """From z to a picture by transposed convolutions, 4x4 with stride 2, that are as wide as makes about as many parameters.
+
+    They begin with the features that a network with levels of half the size each has at its bottom.
+    """
+    plain = default_trunk(max(config.height_width), patch_size=2)
+    bottom, (height, width) = plain.channels[-1], (-(-side // plain.stride) for side in config.height_width)
 
     def build(scale: float) -> nn.Sequential:
-        inner = [max(1, round(scale * width)) for width in channels[:-1]]
-        widths, layers = [channels[-1], *reversed(inner)], []
-        for i, width in enumerate(widths):
-            after = [*widths[1:], out_channels][i]
-            layers += [nn.ConvTranspose2d(width, after, 4, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        widths = [bottom, *(max(1, round(scale * width)) for width in reversed(plain.channels[:-1])), values]
+        layers: list[nn.Module] = [nn.Linear(config.latent_dim, bottom * height * width), nn.Unflatten(1, (bottom, height, width))]
+        for before, after in pairwise(widths):
+            layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
         return nn.Sequential(*layers[:-2])
 
     def distance(scale: float) -> int:
         with torch.device("meta"):
             return abs(sum(p.numel() for p in build(scale).parameters()) - parameters)
 
-    return build(min((0.5 + 0.05 * i for i in range(100)), key=distance))
+    return build(min((0.5 + 0.05 * i for i in range(300)), key=distance))
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 
 from mmvae import MMVAE, ImageVAE, ImageVAEConfig, MMVAEConfig, TextVAE, TextVAEConfig
 from mmvae.data import ImageColumn, Loader, Rows, TextColumn, find_column, load_rows
-from mmvae.nn import ConvDecoder
 from mmvae.processes import keep_memory
 from mmvae.processing import train_tokenizer
 
@@ -141,19 +140,22 @@ def image_training(size: int, channels: int, args: BenchmarkArguments) -> Work:
 
 
 def decoder(size: int, channels: int, args: BenchmarkArguments) -> Work:
-    """Forward and backward of a decoder with transposed convolutions, and of ours, with equally many parameters."""
+    """From latents to pictures and back, by transposed convolutions and by the default network, with equally many parameters."""
     config = ImageVAEConfig(image_size=size, num_channels=channels)
-    model = ConvDecoder(channels, config.trunk_channels, config.num_blocks, config.norm).to(memory_format=torch.channels_last)
-    plain = transposed_decoder(config.trunk_channels, channels, sum(p.numel() for p in model.parameters()))
-    features = torch.randn(args.batch_size, config.trunk_channels[-1], *config.bottom_size)
+    model = ImageVAE(config)
+    parts = nn.Sequential(model.from_latent, nn.Unflatten(1, (-1, *config.bottom_size)), model.decoder).to(
+        memory_format=torch.channels_last
+    )
+    plain = transposed_decoder(config, channels, sum(p.numel() for p in parts.parameters()))
+    z = torch.randn(args.batch_size, config.latent_dim)
 
     def step(module: nn.Module, bf16: bool) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = module(features.requires_grad_()).square().mean()
+            loss = module(z).square().mean()
         loss.backward()
-        return len(features)
+        return len(z)
 
-    return partial(step, plain, False), partial(step, model, args.bf16), "images/s"
+    return partial(step, plain, False), partial(step, parts, args.bf16), "images/s"
 
 
 def joint_training(size: int, args: BenchmarkArguments) -> Work:

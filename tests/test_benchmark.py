@@ -92,11 +92,26 @@ def test_references_do_the_same_work(benchmark):
     torch.testing.assert_close(model.decode(z).log_prob(x).flatten(1).sum(1), model.vae.decode(z).log_prob(x))
     both = model.log_marginal(x[0], 3000), model.vae.log_marginal(3000, pixel_values=x[:1])[0]
     torch.testing.assert_close(*both, atol=0.05, rtol=0)
-    assert transposed_decoder([8, 16], 3, 2000)(torch.randn(2, 16, 7, 7)).shape == (2, 3, 28, 28)
+    plain = transposed_decoder(ImageVAEConfig(image_size=28, latent_dim=2), 3, 60_000)
+    assert plain(z).shape == (3, 3, 28, 28) and abs(sum(p.numel() for p in plain.parameters()) - 60_000) < 2_000
     writer = TextVAE(TextVAEConfig(vocab_size=12, embedding_size=6, hidden_size=8, latent_dim=3)).eval()
     z = 5 * torch.randn(6, 3)
     ours = [[word for word in row[1:] if word not in (0, 2)] for row in writer.generate(latents=z, max_new_tokens=9).tolist()]
     assert [[word for word in row if word] for row in write_sentences(writer, z, 9)] == ours
+
+
+@pytest.mark.parametrize("network", ["default", "transposed", "levels"])
+def test_networks_are_trained_alike(network, tmp_path, monkeypatch, capsys, benchmark):
+    command = f"recipes/benchmark_decoder.py --network {network} --steps 2 --batch_size 4 --latent_dim 2 --test_rows 3 --num_samples 2"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--images", str(pictures(tmp_path / "pictures"))])
+    recipe("benchmark_decoder").main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["nll_nats"] > 0 and told["parameters"] > told["of the decoder"]
+    if network == "transposed":
+        model = recipe("benchmark_decoder").build(recipe("benchmark_decoder").DecoderArguments(latent_dim=2))
+        assert told["of the decoder"] == pytest.approx(
+            sum(p.numel() for p in (*model.from_latent.parameters(), *model.decoder.parameters())), rel=0.02
+        )
 
 
 @pytest.fixture(scope="module")
