@@ -141,7 +141,7 @@ def main() -> None:
     read = {split: [*(changed if split == "train" else columns), told] for split in data}
     rows = {split: Rows(part, read[split], **args.rows) for split, part in data.items()}
     loaders = make_loaders(accelerator, args, rows)
-    model.freeze(args.head_only)
+    model.freeze(args.head_only).train()
     if not args.joint:
         batch = next(loaders["validation"].batches(0))
         freeze_unreached(model, model.eval()(**model_inputs(model, batch) | {"labels": None}).logits.sum())

@@ -100,7 +100,7 @@ def build(args: SegmentationRun, masks: SegmentationArguments) -> ImageVAEForSem
         raise ValueError(f"binarize: received {model.config.binarize!r}, expected 'none': masks are drawn of the pixels as they are")
     if masks.mask_column == "alpha" and model.config.num_channels != 3:
         raise ValueError(f"num_channels: received {model.config.num_channels} with --mask_column alpha, expected 3, which then stay")
-    return model.freeze(args.head_only).to(memory_format=torch.channels_last)
+    return model.freeze(args.head_only).train().to(memory_format=torch.channels_last)
 
 
 def measure(accelerator: Accelerator, model: Any, loader: Any, *, seed: int, transform: Transform | None) -> dict[str, float]:

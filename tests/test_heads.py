@@ -223,6 +223,19 @@ def test_a_head_loads_from_a_vae_and_a_vae_from_a_head(kind, tmp_path):
     assert torch.equal(build.from_pretrained(tmp_path / "head").eval()(**inputs).logits, model(**inputs).logits)
 
 
+def test_training_the_vae_drops_the_densities_of_its_old_latents_and_a_frozen_one_keeps_them(kind, tmp_path, caplog):
+    build, config, vae_class = kind
+    name = "shared" if build is MMVAEForClassification else "latent"
+    vae_class(config(densities={name: {"kind": "mixture"}})).save_pretrained(tmp_path / "vae")
+    for frozen in (True, False):
+        model = build.from_pretrained(tmp_path / "vae", num_labels=3).freeze(frozen)
+        assert list(model.base_model.densities) == [name] and "dropping" not in caplog.text
+        model.train().eval().save_pretrained(tmp_path / "head")
+        again = vae_class.from_pretrained(tmp_path / "head")
+        assert list(again.densities) == list(again.config.densities) == [name] * frozen
+    assert caplog.text.count(f"dropping the fitted densities ['{name}']") == 1
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
