@@ -22,6 +22,8 @@ from torch import Tensor
 from mmvae.classifiers import labelled_coherence
 from mmvae.coherence import chunks
 from mmvae.data import Rows, TextColumn, find_column
+from mmvae.data.columns import whole
+from mmvae.data.selection import place, select
 from mmvae.metrics import text_scores
 from mmvae.models.base import VAE
 from mmvae.models.mmvae import MMVAE
@@ -213,7 +215,7 @@ def evaluate_by_training_rows(
     figures = text_retrieval(rows, data, known, num_rows=num_generated) if several_texts else {}
     if not label:
         return figures
-    known, labelled = _with_label(known, label), _with_label(data, label)
+    known, labelled = (_with_label(part, label, rows.name) for part in (known, data))
     rows = rows if labelled is data else Rows(labelled, rows.columns, name=rows.name, on_bad_row=rows.on_bad_row)
     known_rows = Rows(known, rows.columns, name=f"{rows.name}, training rows", on_bad_row=rows.on_bad_row)
     figures |= linear_probe(accelerator, model, rows, labelled[label][:], known_rows, known[label][:])
@@ -223,20 +225,21 @@ def evaluate_by_training_rows(
     return figures
 
 
-def check_label(model: VAE, label: str, *parts: Any) -> None:
+def check_label(model: VAE, label: str, *parts: Any, name: str = "data") -> None:
     """Refuse, before any work, what :func:`evaluate_by_training_rows` would.
 
     Arguments:
         model: to be probed.
         label: the column.
         parts: the rows that are read for it.
+        name: what the data set is called in errors.
 
     Raises:
         ValueError: for a model without a latent, rows without that column, and labels that are neither names nor whole numbers.
     """
     _check_latent(model)
     for rows in parts:
-        _with_label(rows, find_column(rows, "label", label))
+        _with_label(rows, find_column(rows, "label", label), name)
 
 
 def _check_latent(model: VAE) -> None:
@@ -244,10 +247,11 @@ def _check_latent(model: VAE) -> None:
         raise ValueError("label: received a model with latent_dim 0, a language model, expected one with a latent to read classes from")
 
 
-def _with_label(data: Any, label: str) -> Any:
+def _with_label(data: Any, label: str, name: str) -> Any:
     """The rows that have a label: the same object where none lacks it."""
-    values = data[label][:]
-    for number, value in enumerate(values):
+    values = [whole(value) for value in data[label][:]]
+    for row, value in enumerate(values):
         if value is not None and type(value) not in (str, int):
-            raise ValueError(f"row {number}, field {label!r}: received {value!r}, expected a name or a whole number")
-    return data.select([i for i, value in enumerate(values) if value is not None]) if None in values else data
+            received = f"{place(data, name, row)}, field {label!r}: received {value!r:.80}"
+            raise ValueError(f"{received}, expected a name or a whole number")
+    return select(data, [i for i, value in enumerate(values) if value is not None]) if None in values else data

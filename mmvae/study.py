@@ -92,7 +92,8 @@ class LabelledData:
         """
         data = splits(name)
         label = find_column(data["train"], "label", label)
-        told, test = LabelColumn(label, find_classes(data["train"], label), missing=True), data.get("test", data["validation"])
+        told = LabelColumn(label, find_classes(data["train"], label, name), missing=True)
+        test = data.get("test", data["validation"])
         labels, truth = read_labels(data["train"], told, name), read_labels(test, told, name, every_class=False)
         found = cls(name, data["train"], test, told, labels, truth)
         for count in counts:

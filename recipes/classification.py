@@ -126,7 +126,7 @@ def main() -> None:
     accelerator = start(args)
     data = splits(args.dataset, on_bad_row=args.on_bad_row)
     label = find_column(data["train"], "label", args.label)
-    told = LabelColumn(label, find_classes(data["train"], label), missing=args.joint)
+    told = LabelColumn(label, find_classes(data["train"], label, args.dataset), missing=args.joint)
     labels = {
         split: read_labels(part, told, args.dataset, every_class=split == "train", on_bad_row=args.on_bad_row)
         for split, part in data.items()

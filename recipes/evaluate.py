@@ -106,7 +106,7 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     data = data if args.max_rows is None else data.select(range(min(args.max_rows, len(data))))
     joint, transform = isinstance(model, MMVAE), None
     if args.label:  # before hours of work
-        check_label(model, args.label, data, load_rows(args.dataset, on_bad_row=args.on_bad_row))
+        check_label(model, args.label, data, load_rows(args.dataset, on_bad_row=args.on_bad_row), name=args.dataset)
     reading = {"max_length": args.max_length, "truncate": args.truncate}
     columns = read_columns(model, processor, data, args.modalities, args.column, **reading)
     if isinstance(columns[0], ImageColumn) and not joint:

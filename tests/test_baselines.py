@@ -10,6 +10,7 @@ from mmvae import MMVAE, ImageVAEConfig, ImageVAEImageProcessor, MMVAEConfig, MM
 from mmvae.baselines import check_label, evaluate_by_training_rows, linear_probe, nearest_texts, posterior_means, text_retrieval
 from mmvae.coherence import text_coherence
 from mmvae.data import ImageColumn, Rows, TextColumn, as_modalities, load_rows
+from mmvae.data.selection import select
 from mmvae.processing import train_tokenizer
 
 QUARTERS = [("north", "east", "south", "west")[i // 10] for i in range(40)]  # of the circle that the codes lie on
@@ -108,11 +109,12 @@ def test_training_rows_are_read_only_where_they_are_needed(accelerator, caplog):
 def test_labels_are_refused_before_any_work():
     model = translator()[0]
     shares = DATA.remove_columns("kind").add_column("kind", [None, 0.5] * 20)
-    with pytest.raises(ValueError, match="row 1, field 'kind': received 0.5, expected a name or a whole number"):
-        check_label(model, "kind", DATA, shares)
+    with pytest.raises(ValueError, match="^words: row 3, field 'kind': received 0.5, expected a name or a whole number"):
+        check_label(model, "kind", DATA, select(shares, range(2, 30)), name="words")
     with pytest.raises(ValueError, match="no column 'kinds'"):
         check_label(model, "kinds", DATA)
     check_label(model, "kind", DATA)
+    check_label(model, "kind", DATA.remove_columns("kind").add_column("kind", [None, 1.0] * 20))  # a csv column with empty cells
 
 
 def test_rows_without_a_label_are_left_out(accelerator):

@@ -299,10 +299,32 @@ def test_columns_are_guessed_or_listed():
 def test_classes_of_a_label_column():
     table = datasets.Dataset.from_dict({"name": ["b", "a", "b"], "number": [0, 2, 2], "float": [0.5, 1.0, 2.0]})
     assert find_classes(table, "name") == ("a", "b") and find_classes(table, "number") == ("0", "1", "2")
-    with pytest.raises(ValueError, match="'float' holds float"):
+    with pytest.raises(ValueError, match="^data: row 0, field 'float': received 0.5, expected names alone or whole numbers alone$"):
         find_classes(table, "float")
+    with pytest.raises(ValueError, match="^data: field 'none': received no value, expected names or whole numbers$"):
+        find_classes(datasets.Dataset.from_dict({"none": [None, None]}), "none")
     with pytest.raises(ValueError, match="declares no classes"):
         find_classes(table.to_iterable_dataset(), "name")
+
+
+def test_whole_numbers_of_a_csv_file_with_empty_cells_are_classes(tmp_path):
+    (tmp_path / "some.csv").write_text("text,label\n" + "".join(f"word,{'' if row % 4 == 3 else row % 3}\n" for row in range(40)))
+    data = splits(str(tmp_path / "some.csv"))
+    told = LabelColumn("label", find_classes(data["train"], "label"), missing=True)
+    assert told.classes == ("0", "1", "2")
+    kept = [row for row in range(40) if row not in data["validation"]._indices.column(0).to_pylist()]
+    assert read_labels(data["train"], told).tolist() == [-100 if row % 4 == 3 else row % 3 for row in kept]
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"), [(70000, "the number of a class, below 65536"), (0.5, "names alone or whole numbers alone")]
+)
+def test_a_wrong_label_is_named_by_its_row_of_the_file(label, expected, tmp_path):
+    (tmp_path / "some.csv").write_text("text,label\n" + "".join(f"word,{label if row == 90 else row % 3}\n" for row in range(100)))
+    train = splits(str(tmp_path / "some.csv"))["train"]
+    assert len(train) < 100, "rows before it are held out"
+    with pytest.raises(ValueError, match=f"^some.csv: row 90, field 'label': received {label}, expected {expected}$"):
+        find_classes(train, "label", "some.csv")
 
 
 def test_sprites_by_name():

@@ -296,6 +296,11 @@ def check_text(value: Any) -> None:
         raise ValueError(f"got a lone surrogate at character {error.start}, expected valid Unicode text") from None
 
 
+def whole(value: Any) -> Any:
+    """The number of a whole float, as which an empty cell lets all numbers of a csv column be read; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 @dataclass(frozen=True)
 class LabelColumn(Column):
     """Classes: ``labels`` (B,) int64.
@@ -325,7 +330,7 @@ class LabelColumn(Column):
 
     def prepare(self, values: Sequence[Any]) -> list[np.ndarray]:
         """() int64 for each label."""
-        return [np.int64(self._number(value)) for value in values]
+        return [np.int64(self._number(whole(value))) for value in values]
 
     def _number(self, value: Any) -> int:
         if value is None and self.missing:

@@ -1,20 +1,59 @@
-r"""Labels of a data set as a whole, which single rows cannot tell: whether there is something to learn, and which rows show their label.
+r"""Labels of a data set as a whole, which single rows cannot tell: the classes, whether there is something to learn, who shows a label.
 
 Shapes: ``N`` rows.
 """
 
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmvae.data.columns import LabelColumn
+from mmvae.data.columns import LabelColumn, whole
+from mmvae.data.loading import features_of
 from mmvae.data.rows import Rows
-from mmvae.data.selection import called
+from mmvae.data.selection import called, place
 from mmvae.noise import fold
 
 _SHOWN = 0x73686F77
+_MOST_CLASSES = 65_536  # a label beyond is no number of a class
+
+
+def find_classes(rows: Any, column: str, name: str = "data") -> tuple[str, ...]:
+    """Names of the classes of a label column: those that the data set declares, else its different values, sorted; not None.
+
+    Arguments:
+        rows: what `mmvae.data.load_rows` gives.
+        column: name of the column. Whole floats are whole numbers, of which an empty cell of a csv file makes them.
+        name: what the data set is called in errors.
+
+    Returns:
+        Names in the order of their numbers.
+
+    Raises:
+        ValueError: a stream that declares none, or values that are neither names nor numbers.
+    """
+    feature = features_of(rows)[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple(feature.names)
+    if isinstance(rows, datasets.IterableDataset):
+        raise ValueError(f"column {column!r} of a stream declares no classes, expected a ClassLabel feature")
+    told = {row: whole(value) for row, value in enumerate(rows[column][:]) if value is not None}
+    if not told:
+        raise ValueError(f"{called(rows, name)}: field {column!r}: received no value, expected names or whole numbers")
+    kind = str if isinstance(next(iter(told.values())), str) else int
+    for row, value in told.items():
+        if not isinstance(value, kind) or isinstance(value, bool):
+            expected = "expected names alone or whole numbers alone"
+            raise ValueError(f"{place(rows, name, row)}, field {column!r}: received {value!r:.80}, {expected}")
+    if kind is str:
+        return tuple(sorted(set(told.values())))
+    row = max(told, key=told.__getitem__)
+    if told[row] >= _MOST_CLASSES:
+        expected = f"expected the number of a class, below {_MOST_CLASSES}"
+        raise ValueError(f"{place(rows, name, row)}, field {column!r}: received {told[row]}, {expected}")
+    return tuple(map(str, range(told[row] + 1)))
 
 
 def read_labels(rows: Any, column: LabelColumn, name: str = "data", *, every_class: bool = True, on_bad_row: str = "error") -> Tensor:

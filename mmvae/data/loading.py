@@ -58,7 +58,6 @@ _COMMON = {
 }
 _WORDS = {"keep_default_na": False, "na_values": [""]}  # of a csv file: "NA", "None" and "null" are words, an empty cell is missing
 _SPLITS = ("train", "validation", "test")
-_MOST_CLASSES = 65_536  # a label beyond is no number of a class
 _HELD_OUT = 0x68656C64
 _FIRST_HELD_OUT = 26  # the smallest row number that the rule of `splits` holds out
 _SPRITE_ROWS = {"train": 10_000, "validation": 1_000, "test": 1_000}
@@ -271,43 +270,6 @@ def find_column(rows: Any, kind: str, name: str | None = None) -> str:
         return common[0] if common else fitting[0]
     found = f"several {kind} columns" if fitting else f"no {kind} column"
     raise ValueError(f"found {found}; name one of: {listed}")
-
-
-def find_classes(rows: Any, column: str) -> tuple[str, ...]:
-    """Names of the classes of a label column: those that the data set declares, else its different values, sorted; not None.
-
-    Arguments:
-        rows: what `load_rows` gives.
-        column: name of the column.
-
-    Returns:
-        Names in the order of their numbers.
-
-    Raises:
-        ValueError: a stream that declares none, or values that are neither names nor numbers.
-    """
-    feature = features_of(rows)[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return tuple(feature.names)
-    if isinstance(rows, datasets.IterableDataset):
-        raise ValueError(f"column {column!r} of a stream declares no classes, expected a ClassLabel feature")
-    values = set(rows[column][:]) - {None}
-    if values and all(isinstance(value, str) for value in values):
-        return tuple(sorted(values))
-    if values and all(type(value) is int for value in values):
-        if max(values) < _MOST_CLASSES:
-            return tuple(str(value) for value in range(max(values) + 1))
-        row = rows[column][:].index(max(values))
-        raise ValueError(f"row {row}, field {column!r}: received {max(values)}, expected the number of a class, below {_MOST_CLASSES}")
-    kinds = ", ".join(sorted({type(value).__name__ for value in values})) or "nothing"
-    raise ValueError(f"column {column!r} holds {kinds}{_first_wrong(rows[column][:])}, expected names or whole numbers")
-
-
-def _first_wrong(values: list[Any]) -> str:
-    """Where the first value is that is no class: of a kind that no class is of, or of another kind than those before."""
-    kinds = [type(value) for value in values]
-    kind = next((kind for kind in kinds if kind in (str, int)), str)
-    return next((f" (row {row}: {values[row]!r})" for row in range(len(values)) if kinds[row] not in (kind, type(None))), "")
 
 
 def _fits(feature: Any, kind: str) -> bool:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mmvae.data.columns import Column, LabelColumn
-from mmvae.data.labels import read_labels, shown_labels
-from mmvae.data.loading import find_classes, find_column
+from mmvae.data.labels import find_classes, read_labels, shown_labels
+from mmvae.data.loading import find_column
 from mmvae.data.rows import Rows
 from mmvae.data.selection import select
 
@@ -131,7 +131,7 @@ def partly_labelled(
             raise ValueError(f"label_column: received None with {', '.join(meant)}, expected the column of the classes")
         return {split: Rows(part, columns[split], name=name, **reading) for split, part in data.items()}, {}
     column = find_column(data["train"], "label", args.label_column)
-    labels = LabelColumn(column, find_classes(data["train"], column), missing=True)
+    labels = LabelColumn(column, find_classes(data["train"], column, name), missing=True)
     options = {
         "per_class": args.labels_per_class,
         "seed": seed if args.label_seed is None else args.label_seed,
