@@ -62,11 +62,17 @@ class Posterior:
         last = len(weights) - 1 - (weights.flip(0) > 0).int().argmax(0)  # of those present: rounding may leave the sum below `uniform`
         return (weights.cumsum(0) <= uniform.unsqueeze(-2)).sum(-2).minimum(last)
 
+    def fullest(self) -> Tensor:
+        """The number of the best informed component of every row, (B,) int64: of those made of most modalities the one of least entropy."""
+        size = torch.where(self.mixture.log_weights > -torch.inf, self.members.sum(-1), -1)
+        entropy = self.mixture.components.logvar.flatten(2).sum(-1)  # twice, but for a constant
+        return entropy.masked_fill(size < size.amax(0), torch.inf).argmin(0)
+
     def at(self, index: Tensor) -> tuple[DiagNormal, Tensor]:
         """One component of every row: what :class:`mmvae.terms.Terms` takes as ``components`` and ``members`` (with zeros as weights).
 
         Arguments:
-            index: (*, B) int64, as from :meth:`draw`.
+            index: (*, B) int64, as from :meth:`draw` or :meth:`fullest`.
 
         Returns:
             The components, batch (*, 1, B), and which modalities they are made of, (*, 1, B, M) bool.

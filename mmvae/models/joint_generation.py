@@ -38,7 +38,7 @@ class JointGeneration(VAE):
             target: name of a modality, or several names.
             num_samples: of each row, next to each other; or, when nothing is given, how many.
             generator: makes the latents (and sampled words) repeatable; torch's global generator when None.
-            sample: draw latents, or take the posterior's most informed mean.
+            sample: draw latents, or take the posterior's most informed mean, that of :meth:`mmvae.aggregation.Posterior.fullest`.
             inputs: of any of the modalities, as for :meth:`posterior`; the rest are options of the targets' ``render``. The folder of a
                 joint model keeps no ``generation_config`` of its texts.
 
@@ -107,7 +107,7 @@ class JointGeneration(VAE):
         """(B * num_samples, D), a row's samples next to each other."""
         if not sample:
             rows = torch.arange(q.mixture.batch_shape[0], device=self.device)
-            return q.mixture.components.loc[self._fullest(q), rows].repeat_interleave(num_samples, 0)
+            return q.mixture.components.loc[q.fullest(), rows].repeat_interleave(num_samples, 0)
         z = q.mixture.sample((num_samples,)).transpose(0, 1).clone()
         nothing = ~q.visible.any(1)
         if bool(nothing.any()):

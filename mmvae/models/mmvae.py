@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.utils.generic import can_return_tuple
 
-from mmvae.aggregation import JointPosterior, Posterior, hide, poe
+from mmvae.aggregation import JointPosterior, hide, poe
 from mmvae.distributions import DiagNormal
 from mmvae.models.base import VAEOutput
 from mmvae.models.configuration import MMVAEConfig, input_name, prefixes
@@ -215,7 +215,7 @@ class MMVAE(JointGeneration):
         divergence; in evaluation every visible modality's comes from q(w_m|x_m), and the others' from p(w_m): a true bound.
         """
         if self.config.draw == "one" or (self.config.draw == "auto" and len(q.members) > _FEW):
-            index = q.draw(self._uniform(q, num_samples, noise_key, first)) if sample else self._fullest(q).expand(num_samples, -1)
+            index = q.draw(self._uniform(q, num_samples, noise_key, first)) if sample else q.fullest().expand(num_samples, -1)
             components, members = q.at(index)
             noise = self._normal(components, noise_key, num_samples, first, components.event_shape).unsqueeze(1) if sample else 0.0
             z = components.loc + components.stddev * noise
@@ -232,12 +232,6 @@ class MMVAE(JointGeneration):
             return torch.rand(num_samples, rows, device=self.device)
         samples = torch.arange(first, first + num_samples, device=key.device).unsqueeze(1)
         return keyed_uniform(fold(_COMPONENT, key, samples).flatten(), ()).view(num_samples, rows)
-
-    @staticmethod
-    def _fullest(q: Posterior) -> Tensor:
-        """The present component that is made of most modalities, (B,)."""
-        size = q.members.sum(-1).float()
-        return torch.where(q.mixture.log_weights > -math.inf, size, -1.0).argmax(0)
 
     def _private(
         self, q: JointPosterior, members: Tensor, z: Tensor, key: Tensor | None, sample: bool, first: int
