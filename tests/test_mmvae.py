@@ -12,7 +12,10 @@ from test_models import IMAGE, TEXT, pictures, sentences
 from transformers import AutoConfig, AutoModel
 
 from mmvae import MMVAE, ImageVAE, ImageVAEConfig, MMVAEConfig, TextVAEConfig
+from mmvae.distributions import DiagNormal
 from mmvae.evaluation import evaluate_elbo
+from mmvae.models import joint_generation
+from mmvae.models.joint_generation import overlap
 from mmvae.noise import fold
 from mmvae.objectives import OBJECTIVES
 
@@ -330,6 +333,21 @@ def test_what_is_found_overlaps_most(model):
     assert torch.equal(model.retrieve(queries, candidates, 2), scores.argsort(1, descending=True)[:, :2])
     scores = scores - (overlaps(r).exp().mean(0)).log()
     assert torch.equal(model.retrieve(queries, candidates, 5, reference=reference), scores.argsort(1, descending=True))
+
+
+def test_much_is_encoded_and_compared_in_parts(monkeypatch):
+    model, encoded, compared = perturb(joint()), [], []
+    queries, candidates = pictures(40), sentences(600)
+    a, b = (model.posterior(**inputs).mixture for inputs in (queries, candidates))
+    scores = overlap(*(DiagNormal(q.mean, q.variance.log()) for q in (a, b)))
+    expected = scores.topk(3, 1)
+    monkeypatch.setattr(joint_generation, "_MOST_DIFFERENCES", 16 * 600 * 3)
+    monkeypatch.setattr(joint_generation, "overlap", lambda a, b: compared.append(len(a.loc)) or overlap(a, b))
+    encode = model.posterior
+    monkeypatch.setattr(model, "posterior", lambda **inputs: encoded.append(len(next(iter(inputs.values())))) or encode(**inputs))
+    found = model.retrieve(queries, candidates, 3)
+    torch.testing.assert_close(scores.gather(1, found), expected.values)
+    assert encoded == [40, 256, 256, 88] and compared == [16, 16, 8]
 
 
 def test_save_and_load(model, tmp_path):

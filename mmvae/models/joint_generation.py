@@ -18,6 +18,7 @@ from mmvae.distributions import DiagNormal
 from mmvae.models.base import VAE, seeded
 
 _MOST_DIFFERENCES = 1 << 24  # numbers held at once while latents are compared
+_MOST_ROWS = 256  # encoded at once to be compared
 
 
 class JointGeneration(VAE):
@@ -145,6 +146,8 @@ class JointGeneration(VAE):
     ) -> Tensor:
         r"""The candidates nearest to each query by the overlap of their posteriors, :math:`\log \int q(z|a)\, q(z|b)\, dz`.
 
+        Rows are encoded and compared in parts, so memory grows with B + N and not with B * N.
+
         Arguments:
             queries, candidates: inputs of any modalities, B and N rows: pictures and sentences, for example.
             num_results: of each query, at most N.
@@ -155,12 +158,16 @@ class JointGeneration(VAE):
             (B, num_results) int64, numbers of candidates, best first.
         """
         a, b = self._moments_of(queries), self._moments_of(candidates)
-        scores = overlap(a, b) if reference is None else overlap(a, b) - crowding(self._moments_of(reference), b)
-        return scores.topk(num_results, 1).indices
+        crowd = 0.0 if reference is None else crowding(self._moments_of(reference), b)
+        return torch.cat([(overlap(part, b) - crowd).topk(num_results, 1).indices for part in parts_of(a, len(b.loc))])
 
     def _moments_of(self, inputs: Mapping[str, Any]) -> DiagNormal:
-        q = self.posterior(**inputs).mixture
-        return DiagNormal(q.mean, q.variance.log())
+        moments = []
+        for n in range(0, max(1, len(self._given(inputs).present)), _MOST_ROWS):
+            part = {name: value[n : n + _MOST_ROWS] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+            q = self.posterior(**part).mixture
+            moments.append((q.mean, q.variance.log()))
+        return DiagNormal(*(torch.cat(each) for each in zip(*moments, strict=True)))
 
 
 def overlap(a: DiagNormal, b: DiagNormal) -> Tensor:
