@@ -225,6 +225,30 @@ def parse_modalities(text: str, kinds: Iterable[str]) -> dict[str, tuple[str, st
     return found
 
 
+def with_columns(kinds: Mapping[str, tuple[str, str | None]], columns: Mapping[str, str | None]) -> dict[str, tuple[str, str | None]]:
+    """Modalities of :func:`parse_modalities`, with a column for the only one of a kind.
+
+    Arguments:
+        kinds: kind and column, by name.
+        columns: by kind, each that of the option ``<kind>_column``; None where it is not given.
+
+    Raises:
+        ValueError: for a column of a kind of which there are several modalities or none, or of one that has a column.
+
+    Example:
+        >>> with_columns({"photo": ("image", None), "en": ("text", "english")}, {"image": "picture", "text": None})
+        {'photo': ('image', 'picture'), 'en': ('text', 'english')}
+    """
+    found = dict(kinds)
+    for kind, column in ((kind, column) for kind, column in columns.items() if column is not None):
+        fitting = [f"{name}:{of}" + (f":{given}" if given else "") for name, (of, given) in kinds.items() if of == kind]
+        if len(fitting) != 1 or fitting[0].count(":") > 1:
+            expected = f"expected one {kind} modality without a column; or name columns in modalities, as name:{kind}:column"
+            raise ValueError(f"{kind}_column: received {column!r} with the {kind} modalities {fitting}, {expected}")
+        found[fitting[0].partition(":")[0]] = kind, column
+    return found
+
+
 def by_name(option: str, value: str | Mapping[str, Any], kinds: Mapping[str, str], known: Iterable[str]) -> dict[str, Any]:
     """An option that is given by modality, or for all modalities of a kind.
 

@@ -26,12 +26,12 @@ from mmvae.density_fitting import latents_from, unfitted
 from mmvae.evaluation import refuse_grey
 from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
 from mmvae.modalities import KINDS, joined, new_modalities
-from mmvae.options import by_name, mapping, parse_modalities, suited_pose
+from mmvae.options import by_name, mapping, parse_modalities, suited_pose, with_columns
 from mmvae.pictures import side_by_side, table
 from mmvae.processing import decode_text
 
 BY_NAME = ("vaes", "private_dims", "likelihood_weights", "modality_dropout", "augmentation", "drop_modality")
-DATA = ("tokenizer", "vocab_size", "augmentation", "drop_modality", "complete_only")
+DATA = ("image_column", "text_column", "tokenizer", "vocab_size", "augmentation", "drop_modality", "complete_only")
 NOT_THE_MODELS = ("modalities", "kinds", "vaes", "private_dims", "densities", *DATA)
 IMAGE = {"hidden_channels": [32, 64, 64], "likelihood": "gaussian", "scale_mode": "optimal", "pose": "auto"}
 TEXT = {"hidden_size": 96, "embedding_size": 32}
@@ -43,6 +43,8 @@ class JointArguments:
     """Options of the model and its data."""
 
     modalities: str = field(default="image:image,text:text", metadata={"help": "name:kind[:column], separated by commas"})
+    image_column: str | None = field(default=None, metadata={"help": "column of the only image modality"})
+    text_column: str | None = field(default=None, metadata={"help": "column of the only text modality"})
     vaes: str = field(
         default=json.dumps({"image": IMAGE, "text": TEXT}),
         metadata={"help": "configuration of each modality, by its name or kind, as all that follows by name"},
@@ -66,7 +68,7 @@ class JointArguments:
     complete_only: bool = field(default=False, metadata={"help": "train on the rows that have everything, after hiding"})
 
     def __post_init__(self) -> None:
-        self.kinds = parse_modalities(self.modalities, KINDS)
+        self.kinds = with_columns(parse_modalities(self.modalities, KINDS), {"image": self.image_column, "text": self.text_column})
         for option in BY_NAME:
             setattr(self, option, by_name(option, getattr(self, option), {name: kind for name, (kind, _) in self.kinds.items()}, KINDS))
         for name in (name for name in self.augmentation if self.kinds[name][0] != "image"):

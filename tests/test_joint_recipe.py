@@ -175,6 +175,23 @@ def test_a_text_that_is_never_hidden_cannot_learn_to_attend(data, tmp_path):
         run("joint_vae", ["--dataset", data, "--output_dir", str(tmp_path / "out"), *JOINT, *options])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text_column", "en"], r"text_column: received 'en' with the text modalities \['en:text', 'de:text'\], expected one"),
+        (["--image_column", "x"], r"image_column: received 'x' with the image modalities \[\], expected one"),
+        (["--modalities", "t:text:en", "--text_column", "de"], r"text_column: received 'de' with the text modalities \['t:text:en'\]"),
+    ],
+)
+def test_a_column_is_named_for_the_only_modality_of_its_kind(data, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run("joint_vae", ["--dataset", data, "--output_dir", str(tmp_path / "out"), *JOINT, *WORDS, *options])
+    one = ["--modalities", "a:text", "--text_column", "fr", "--private_dims", "{}", "--likelihood_weights", "{}"]
+    with pytest.raises(ValueError, match="no column 'fr', expected one of: de"):
+        run("joint_vae", ["--dataset", data, "--output_dir", str(tmp_path / "out"), *JOINT, *one])
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
 def test_two_modalities_of_one_column_are_refused_before_any_work(data, tmp_path):
     options = ["--modalities", "a:text:en,b:text:en", "--likelihood_weights", "{}", "--private_dims", "{}"]
     with pytest.raises(ValueError, match="column 'en' is taken already, expected another one for 'b'"):
