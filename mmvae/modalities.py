@@ -9,17 +9,19 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mmvae.data import Augmentation, Column, ImageColumn, TextColumn, WordCountColumn, as_modalities, find_column, texts_of
+from mmvae.data import Augmentation, Column, ImageColumn, Loader, Rows, TextColumn, WordCountColumn, as_modalities, find_column, texts_of
 from mmvae.experiment import image_processor, make_tokenizer
 from mmvae.joint_processing import MMVAEProcessor
 from mmvae.models.configuration import MMVAEConfig, VAEConfig
 from mmvae.models.image_vae import ImageVAEConfig
+from mmvae.models.mmvae import MMVAE
 from mmvae.models.text_vae import TextVAEConfig
 from mmvae.models.topic_vae import TopicVAEConfig
 from mmvae.options import by_name, parse_modalities
 from mmvae.processing import RESERVED_WORDS
 from mmvae.vectorizer import TopicVAEVectorizer
 
+_COUNTED = 256  # rows whose size is taken
 KINDS: dict[str, type[VAEConfig]] = {"image": ImageVAEConfig, "text": TextVAEConfig, "topic": TopicVAEConfig}
 
 
@@ -107,6 +109,33 @@ def joined(parts: Mapping[str, NewModality], **fields: Any) -> tuple[MMVAEConfig
     config = MMVAEConfig(modalities={name: part.config for name, part in parts.items()}, **fields)
     processor = MMVAEProcessor({name: part.processor for name, part in parts.items()})
     return config, processor, as_modalities({name: part.column for name, part in parts.items()})
+
+
+def weights_by_size(model: MMVAE, rows: Rows) -> dict[str, float]:
+    """Likelihood weights that make up for size: of the most values that a modality scores in a row, on average, over its own number.
+
+    Values are pixels times channels, tokens, or of topics words, in the first 256 rows that have the modality, in the order of the data,
+    so they depend neither on the seed nor on the number of ranks. A modality that no row has gets none.
+
+    Arguments:
+        model: a joint one.
+        rows: training rows with the columns of all its modalities.
+
+    Returns:
+        Weights of at least 1 by modality, of three digits.
+    """
+    sizes: dict[str, list[float]] = {name: [] for name in model.modalities}
+    for batch in Loader(rows, 64, shuffle=False, pool=0).batches(0):
+        inputs, _ = model.split(batch)
+        for m, (name, vae) in enumerate(model.vaes.items()):
+            if (here := batch["present"][:, m]).any():
+                target = vae.target(**{key: value[here] for key, value in inputs[name].items()})
+                values = target if isinstance(vae.config, TopicVAEConfig) else target != -100  # which texts are padded with
+                sizes[name] += values.flatten(1).sum(1).tolist()
+        if min(map(len, sizes.values())) >= _COUNTED:
+            break
+    means = {name: sum(found[:_COUNTED]) / len(found[:_COUNTED]) for name, found in sizes.items() if found}
+    return {name: float(f"{max(means.values()) / mean:.3g}") for name, mean in means.items()}
 
 
 def from_scratch(

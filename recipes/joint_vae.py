@@ -25,14 +25,14 @@ from mmvae.data import Augmentation, Column, Loader, Rows, splits
 from mmvae.density_fitting import latents_from, unfitted
 from mmvae.evaluation import refuse_grey
 from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
-from mmvae.modalities import KINDS, joined, new_modalities
+from mmvae.modalities import KINDS, joined, new_modalities, weights_by_size
 from mmvae.options import by_name, mapping, parse_modalities, suited_pose, with_columns
 from mmvae.pictures import side_by_side, table
 from mmvae.processing import decode_text
 
 BY_NAME = ("vaes", "private_dims", "likelihood_weights", "modality_dropout", "augmentation", "drop_modality")
 DATA = ("image_column", "text_column", "tokenizer", "vocab_size", "augmentation", "drop_modality", "complete_only")
-NOT_THE_MODELS = ("modalities", "kinds", "vaes", "private_dims", "densities", *DATA)
+NOT_THE_MODELS = ("modalities", "kinds", "vaes", "private_dims", "densities", "weighs_by_size", *DATA)
 IMAGE = {"hidden_channels": [32, 64, 64], "likelihood": "gaussian", "scale_mode": "optimal", "pose": "auto"}
 TEXT = {"hidden_size": 96, "embedding_size": 32}
 FLOWS = {"shared": {"kind": "mixture", "num_components": 100}, "private": {"kind": "flow"}, "shared_given": {"kind": "flow"}}
@@ -58,7 +58,10 @@ class JointArguments:
     inference_aggregation: str | None = field(default=None, metadata={"help": "in evaluation; the same by default"})
     prior: str = "standard_normal"
     prior_components: int = 50
-    likelihood_weights: str = field(default='{"text": 30}', metadata={"help": "weight of a modality's likelihood in the loss, by its name"})
+    likelihood_weights: str = field(
+        default='{"text": 30}',
+        metadata={"help": "weight of a modality's likelihood in the loss, by its name; auto: how often its size goes into the largest"},
+    )
     modality_dropout: str = field(default='{"text": 0.5}', metadata={"help": "share of the rows that are encoded without it, by name"})
     sources: str = field(default="{}", metadata={"help": 'of texts, another text to which their decoder attends: {"de": "en"}'})
     draw: str = field(default="auto", metadata={"help": "components decoded in a step: all, one per row, or auto"})
@@ -69,6 +72,8 @@ class JointArguments:
 
     def __post_init__(self) -> None:
         self.kinds = with_columns(parse_modalities(self.modalities, KINDS), {"image": self.image_column, "text": self.text_column})
+        self.weighs_by_size = self.likelihood_weights == "auto"
+        self.likelihood_weights = {} if self.weighs_by_size else self.likelihood_weights
         for option in BY_NAME:
             setattr(self, option, by_name(option, getattr(self, option), {name: kind for name, (kind, _) in self.kinds.items()}, KINDS))
         for name in (name for name in self.augmentation if self.kinds[name][0] != "image"):
@@ -136,6 +141,8 @@ def main() -> None:
     changed = [replace(c, augmentation=joint.augmentation[c.modality]) if c.modality in joint.augmentation else c for c in columns]
     hidden = {"drop": joint.drop_modality, "drop_seed": args.seed, "complete": joint.complete_only}
     rows["train"] = Rows(data["train"], changed, **args.rows, **hidden)
+    if joint.weighs_by_size:
+        model.config.likelihood_weights = weights_by_size(model, rows["train"])
     loaders = make_loaders(accelerator, args, rows)
     refuse_grey(model.config, loaders)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,6 +191,19 @@ def test_a_column_is_named_for_the_only_modality_of_its_kind(data, tmp_path, opt
     with pytest.raises(ValueError, match="no column 'fr', expected one of: de"):
         run("joint_vae", ["--dataset", data, "--output_dir", str(tmp_path / "out"), *JOINT, *one])
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_automatic_weights_make_up_for_size_and_are_numbers_in_the_folder(data, tmp_path):
+    options = ["--modalities", "en:text:de,words:topic:en", "--private_dims", "{}", "--likelihood_weights", "auto"]
+    command = ["--dataset", data, "--output_dir", str(tmp_path), *TINY, "--densities", "{}", *options]
+    command += ["--vaes", json.dumps({"text": SMALL["text"]})]
+    assert run("joint_vae", command, signal_at=1)["exit"] == 143
+    assert run("joint_vae", command)["exit"] == 0, "a resumed run of another configuration is refused"
+    rows = [json.loads(line) for line in Path(data, "train.jsonl").read_text().splitlines()]
+    words, tokens = ([len(row[name].split()) + eos for row in rows if row[name]] for name, eos in (("en", 0), ("de", 1)))
+    means = {"en": sum(tokens) / len(tokens), "words": sum(words) / len(words)}
+    expected = {name: float(f"{max(means.values()) / mean:.3g}") for name, mean in means.items()}
+    assert json.loads((tmp_path / "config.json").read_text())["likelihood_weights"] == expected
 
 
 def test_two_modalities_of_one_column_are_refused_before_any_work(data, tmp_path):
