@@ -1,4 +1,4 @@
-"""One processor for all modalities of a joint model: raw pictures, sentences and documents, any of them missing, to its inputs.
+"""One processor for all modalities of a joint model: raw pictures, sentences, documents and sounds, any of them missing, to its inputs.
 
 A folder holds ``processor_config.json``, which names the parts in the order of the model's modalities, and each part in a
 folder of the modality's name, so that two tokenizers do not overwrite each other.
@@ -12,10 +12,19 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    SequenceFeatureExtractor,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mmvae.folder import naming
@@ -30,7 +39,9 @@ _KINDS = {
     "image_processor": (BaseImageProcessor, AutoImageProcessor, "preprocessor_config.json"),
     "tokenizer": (PreTrainedTokenizerBase, AutoTokenizer, "tokenizer.json or tokenizer_config.json"),
     "vectorizer": (TopicVAEVectorizer, TopicVAEVectorizer, "preprocessor_config.json"),
+    "feature_extractor": (SequenceFeatureExtractor, AutoFeatureExtractor, "preprocessor_config.json"),
 }
+_ABSENT = {"image_processor": Image.new("L", (1, 1)), "feature_extractor": np.zeros(1, np.float32)}
 _IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -38,16 +49,18 @@ def _kind(name: str, part: Any) -> str:
     for kind, (base, *_) in _KINDS.items():
         if isinstance(part, base):
             return kind
-    raise TypeError(f"modalities[{name!r}]: got {type(part).__name__}, expected an image processor, a tokenizer or a vectorizer")
+    expected = "expected an image processor, a tokenizer, a vectorizer or a feature extractor"
+    raise TypeError(f"modalities[{name!r}]: got {type(part).__name__}, {expected}")
 
 
 class MMVAEProcessor(ProcessorMixin):
-    """The image processors, tokenizers and vectorizers of a joint model, by modality, in the order of the columns of ``present``.
+    """The processors of a joint model's modalities, by name, in the order of the columns of ``present``.
 
     ``save_pretrained`` may write into the model's folder; ``AutoProcessor.from_pretrained`` reads it after ``import mmvae``.
 
     Arguments:
-        modalities: image processors, tokenizers and, of topics, vectorizers by name; names are identifiers.
+        modalities: image processors, tokenizers, of topics vectorizers, and of modalities of one's own feature extractors of transformers
+            (such as of sounds, ``Wav2Vec2FeatureExtractor``) by name; names are identifiers.
 
     Raises:
         ValueError: no modality, or a name that is no identifier.
@@ -102,6 +115,7 @@ class MMVAEProcessor(ProcessorMixin):
         truncation: bool | str | None = None,
         max_length: int | None = None,
         images_kwargs: Mapping[str, Any] | None = None,
+        audio_kwargs: Mapping[str, Any] | None = None,
         **named: Any,
     ) -> BatchFeature:
         """Inputs of the model from pictures and sentences, one kind alone or several.
@@ -110,13 +124,13 @@ class MMVAEProcessor(ProcessorMixin):
             images: a picture or a list of B of them, for the only image modality. In a list ``None`` is a row without one.
             text: a sentence or a list of B of them, for the only text modality, in the same way.
             return_tensors: as for every processor.
-            padding, truncation, max_length: of every tokenizer.
-            images_kwargs: options of every image processor.
-            named: the same by modality, ``en=[...], de=[...]``; documents for topics are given in no other way.
+            padding, truncation, max_length: of every tokenizer; ``padding`` of every feature extractor, too.
+            images_kwargs, audio_kwargs: options of every image processor and of every feature extractor, ``{"sampling_rate": 16000}``.
+            named: the same by modality, ``en=[...], de=[...]``; documents for topics, and sounds, are given in no other way.
 
         Returns:
             The inputs of the modalities that were given, batch first. If a list held ``None`` also ``present`` (B,M) bool, and what
-            stands in the place of what is absent is finite: black pixels, BOS EOS, no words.
+            stands in the place of what is absent is finite: black pixels, BOS EOS, no words, silence.
 
         Raises:
             ValueError: nothing given, an unknown modality, ``images`` or ``text`` where several modalities could be meant, different
@@ -125,6 +139,7 @@ class MMVAEProcessor(ProcessorMixin):
         given = self._given(images, text, named)
         rows = {name: values if isinstance(values, list | tuple) else None for name, values in given.items()}
         options = {"image_processor": dict(images_kwargs or {}), "tokenizer": {"padding": padding}, "vectorizer": {}}
+        options["feature_extractor"] = {"padding": padding, **(audio_kwargs or {})}
         options["tokenizer"] |= {} if truncation is None else {"truncation": truncation}
         options["tokenizer"] |= {} if max_length is None else {"max_length": max_length}
         batch: dict[str, Any] = {}
@@ -133,7 +148,7 @@ class MMVAEProcessor(ProcessorMixin):
             kind = self.kinds[name]
             values = [values] if isinstance(values, str) else values
             if rows[name] is not None:
-                absent = Image.new("L", (1, 1)) if kind == "image_processor" else ""
+                absent = _ABSENT.get(kind, "")
                 values = [absent if value is None else value for value in values]
             inputs = self.parts[name](values, **options[kind], return_tensors=return_tensors)
             names = self._names()[name]
@@ -227,6 +242,8 @@ class MMVAEProcessor(ProcessorMixin):
     def _facts(self, name: str, child: Any) -> dict[str, tuple[Any, Any]]:
         """What the processor and the model must agree on: (the processor's, the model's) by field, as far as the model states it."""
         part = self.parts[name]
+        if self.kinds[name] == "feature_extractor":
+            return {}
         if self.kinds[name] == "tokenizer":
             facts = {"vocab_size": len(part)} | {field: getattr(part, field) for field in _IDS}
         elif self.kinds[name] == "vectorizer":

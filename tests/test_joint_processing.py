@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, Wav2Vec2FeatureExtractor
 
 from mmvae import ImageVAEConfig, ImageVAEImageProcessor, MMVAEConfig, MMVAEProcessor, TextVAEConfig, TopicVAEConfig
 from mmvae.data import ImageColumn, Loader, Rows, TextColumn, as_modalities
@@ -122,6 +122,26 @@ def test_documents_of_topics_beside_sentences(tmp_path):
             loaded.check(model(*words))
 
 
+def test_sounds_of_a_feature_extractor_beside_sentences(tmp_path):
+    reader, rate = Wav2Vec2FeatureExtractor(sampling_rate=8000), {"audio_kwargs": {"sampling_rate": 8000}}
+    processor = MMVAEProcessor({"sound": reader, "text": ENGLISH})
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert loaded.kinds == {"sound": "feature_extractor", "text": "tokenizer"}
+    sounds = [np.sin(np.arange(size)).astype(np.float32) for size in (5, 9)]
+    batch = loaded(sound=[sounds[0], None, sounds[1]], text=["a heart", "a heart", None], **rate)
+    assert batch["present"].tolist() == [[True, True], [False, True], [True, False]]
+    alone = reader(sounds, padding=True, return_tensors="pt", sampling_rate=8000)["input_values"]
+    assert torch.equal(batch["sound_input_values"][[0, 2]], alone), "both have an attention_mask, so both names come first"
+    assert not batch["sound_input_values"][1].any()
+    assert same(batch, processor(sound=[sounds[0], None, sounds[1]], text=["a heart", "a heart", None], **rate))
+    with pytest.raises(ValueError, match="8000"):
+        loaded(sound=sounds, audio_kwargs={"sampling_rate": 16000})
+    loaded.check(
+        MMVAEConfig(modalities={"sound": ImageVAEConfig(latent_dim=4), "text": TextVAEConfig(vocab_size=len(ENGLISH), latent_dim=4)})
+    )
+
+
 def test_options_reach_the_tokenizers_and_the_image_processors():
     batch = pair()(images=[RED], text=["a big red heart"], max_length=4, truncation=True, images_kwargs={"do_rescale": False})
     assert batch["input_ids"].shape == (1, 4)
@@ -148,7 +168,7 @@ def test_bad_input(given, message):
 
 
 def test_bad_parts():
-    with pytest.raises(TypeError, match=r"modalities\['text'\]: got str, expected an image processor, a tokenizer or a vectorizer"):
+    with pytest.raises(TypeError, match=r"modalities\['text'\]: got str, expected an image processor, a tokenizer, a vectorizer"):
         MMVAEProcessor({"text": "bert"})
     with pytest.raises(ValueError, match="got none"):
         MMVAEProcessor({})
