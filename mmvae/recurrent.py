@@ -253,7 +253,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Token losses with one reused buffer of logits.
 
     On a CPU, where fresh pages and extra products cost most, the forward pass also makes the gradient for an upstream gradient that is
-    the same for every token (the usual case: rows of equal weight). Any other upstream gradient makes the logits again.
+    the same for every token (the usual case: rows of equal weight). Any other upstream gradient makes the logits again. Gradients of
+    weight and bias are summed over the chunks in float32 at least: in bfloat16 a sum soon takes in no further chunk.
     """
 
     @staticmethod
@@ -274,15 +275,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         x, weight, bias, target, *early = ctx.saved_tensors
         if early and len(grad) and bool((grad == grad[0]).all()):
-            return *(g * grad[0].to(g.dtype) for g in early), None, None, None
-        grads = _LinearCrossEntropy._empty_grads(x, weight, bias)
-        for part, logits in _LinearCrossEntropy._logits(x, weight, bias, ctx.chunk):
-            _LinearCrossEntropy._accumulate(grads, part, logits, x, weight, target[part].unsqueeze(1), grad[part])
-        return *grads, None, None, None
+            grads = tuple(g * grad[0].to(g.dtype) for g in early)
+        else:
+            grads = _LinearCrossEntropy._empty_grads(x, weight, bias)
+            for part, logits in _LinearCrossEntropy._logits(x, weight, bias, ctx.chunk):
+                _LinearCrossEntropy._accumulate(grads, part, logits, x, weight, target[part].unsqueeze(1), grad[part])
+        return grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype), None, None, None
 
     @staticmethod
     def _empty_grads(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+        summed = {"dtype": torch.promote_types(x.dtype, torch.float32)}
+        return torch.empty_like(x), torch.zeros_like(weight, **summed), torch.zeros_like(bias, **summed)
 
     @staticmethod
     def _logits(x: Tensor, weight: Tensor, bias: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
@@ -299,8 +302,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         p.scatter_add_(1, wanted, p.new_full((len(p), 1), -1.0))
         p = (p if upstream is None else p.mul_(upstream.unsqueeze(1))).to(x.dtype)
         grads[0][part] = p @ weight
-        grads[1].addmm_(p.t(), x[part])
-        grads[2].add_(p.sum(0))
+        if grads[1].dtype == x.dtype:
+            grads[1].addmm_(p.t(), x[part])
+        else:
+            grads[1].add_(p.t() @ x[part])
+        grads[2].add_(p.sum(0, dtype=grads[2].dtype))
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, max_logits: int = 1 << 24) -> Tensor:

@@ -99,6 +99,26 @@ def test_linear_cross_entropy_in_low_precision(dtype):
             assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("even", [True, False], ids=["equal rows", "weighted rows"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_chunks_are_summed_as_well_as_one(dtype, even):
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(shape, generator=generator) * 0.3 for shape in ((2000, 16), (100, 16), (100,))]
+    target = (torch.rand(2000, generator=generator) ** 4 * 100).long()
+    weights = torch.full((2000,), 0.25) if even else torch.rand(2000, generator=generator)
+
+    def gradients(loss, dtype):
+        leaves = [p.to(dtype).requires_grad_() for p in exact]
+        return torch.autograd.grad((weights * loss(*leaves)).sum(), leaves)
+
+    def plain(x, weight, bias):
+        return F.cross_entropy(F.linear(x, weight, bias).float(), target, reduction="none")
+
+    found = (plain, torch.float32), (plain, dtype), (lambda *leaves: linear_cross_entropy(*leaves, target, 400), dtype)
+    for reference, once, chunked in zip(*(gradients(*each) for each in found), strict=True):
+        assert (chunked.float() - reference).norm() < 1.5 * (once.float() - reference).norm()
+
+
 @pytest.mark.parametrize("even", [True, False])
 def test_linear_cross_entropy_of_no_tokens(even):
     parameters = [torch.randn(shape, requires_grad=True) for shape in ((0, 6), (11, 6), (11,))]
