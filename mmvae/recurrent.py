@@ -273,6 +273,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        if torch.is_grad_enabled():  # a gradient without a graph would count as a constant
+            raise NotImplementedError("linear_cross_entropy: received create_graph=True, expected False: it has no second derivative")
         x, weight, bias, target, *early = ctx.saved_tensors
         if early and len(grad) and bool((grad == grad[0]).all()):
             grads = tuple(g * grad[0].to(g.dtype) for g in early)
@@ -318,7 +320,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor
         max_logits: the most logits that exist at once.
 
     Returns:
-        (N,) float32, nats.
+        (N,) float32, nats. Its gradient has no gradient where logits are made in chunks, as on a CPU always: NotImplementedError.
     """
     if x.device.type != "cpu" and x.shape[0] * weight.shape[0] <= max_logits:
         return F.cross_entropy(F.linear(x, weight, bias).float(), target, reduction="none")

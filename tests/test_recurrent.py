@@ -119,6 +119,13 @@ def test_many_chunks_are_summed_as_well_as_one(dtype, even):
         assert (chunked.float() - reference).norm() < 1.5 * (once.float() - reference).norm()
 
 
+def test_linear_cross_entropy_says_that_it_has_no_second_derivative():
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((6, 4), (9, 4), (9,)))
+    loss = linear_cross_entropy(x, weight, bias, torch.arange(6)).sum()
+    with pytest.raises(NotImplementedError, match="linear_cross_entropy: received create_graph=True, expected False"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
 @pytest.mark.parametrize("even", [True, False])
 def test_linear_cross_entropy_of_no_tokens(even):
     parameters = [torch.randn(shape, requires_grad=True) for shape in ((0, 6), (11, 6), (11,))]
