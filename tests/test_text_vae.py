@@ -244,6 +244,18 @@ def test_generation_reconstructs_from_ids_and_respects_lengths():
     assert model.generate(latents=z, generation_config=GenerationConfig(max_length=7, bos_token_id=BOS)).shape == (2, 7)
 
 
+def test_what_a_given_configuration_leaves_open_is_as_the_folder_has_it():
+    model, z = make(), torch.randn(2, 3)
+    with torch.no_grad():
+        model.lm_head.bias[EOS] -= 100
+    model.generation_config.max_length = 100
+    assert model.generate(latents=z, generation_config=GenerationConfig(num_beams=2)).shape == (2, 100)
+    model.generation_config.max_length, model.generation_config.do_sample = None, True
+    assert model.generate(latents=z, generation_config=GenerationConfig(max_new_tokens=5), temperature=0.7).shape == (2, 6)
+    with pytest.raises(ValueError, match="temperature: received 0.7 for a greedy search"):
+        model.generate(latents=z, generation_config=GenerationConfig(do_sample=False), temperature=0.7)
+
+
 def test_generation_names_what_is_wrong():
     model = make()
     with pytest.raises(ValueError, match=r"latents: received shape \(2, 4\), expected 3 at dimension -1"):

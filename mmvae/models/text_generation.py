@@ -41,27 +41,33 @@ _OF_SAMPLING = {  # what each must be
 }
 
 
-def check_strategy(options: Mapping[str, Any], defaults: GenerationConfig) -> None:
+def settled(name: str, options: Mapping[str, Any], folder: GenerationConfig) -> Any:
+    """What an option of ``generate`` comes to: as it is given, else as a given ``generation_config`` has it, else as the folder's has."""
+    if name in options:
+        return options[name]
+    own = getattr(options.get("generation_config"), name, None)
+    return getattr(folder, name) if own is None else own
+
+
+def check_strategy(options: Mapping[str, Any], folder: GenerationConfig) -> None:
     """Refuse options of ``generate`` that are out of range, or that the strategy would not use.
 
     Arguments:
         options: that were given.
-        defaults: what holds where they say nothing; options in a ``generation_config`` are transformers' to check.
+        folder: what holds where they say nothing; options in a ``generation_config`` are transformers' to check.
 
     Raises:
         ValueError: naming the option, its value and what was expected.
     """
-    config = options.get("generation_config") or defaults
     beams = options.get("num_beams")
     if beams is not None and (not isinstance(beams, int) or beams < 1):
         raise ValueError(f"num_beams: received {beams!r}, expected a whole number from 1 on")
-    samples = options.get("do_sample", config.do_sample)
     for name, (expected, fits) in _OF_SAMPLING.items():
         value = options.get(name)
         if value is not None and not (isinstance(value, int | float) and fits(value)):
             raise ValueError(f"{name}: received {value!r}, expected {expected}")
-        if value is not None and not samples:
-            how = "beam search" if (beams or config.num_beams or 1) > 1 else "greedy search"
+        if value is not None and not settled("do_sample", options, folder):
+            how = "beam search" if (settled("num_beams", options, folder) or 1) > 1 else "greedy search"
             raise ValueError(f"{name}: received {value!r} for a {how}, which draws nothing: expected do_sample=True, or no {name}")
 
 
@@ -118,7 +124,8 @@ class TextGeneration(ClassVAE, GenerationMixin):
         """Token ids of sentences, BOS first, by any strategy of transformers' ``GenerationMixin``.
 
         Options that are always the same may lie in ``generation_config``, which the folder of a text model keeps; those of a model that
-        holds a text model (joint, stacked, with a head) keep none: give them as options.
+        holds a text model (joint, stacked, with a head) keep none: give them as options. A ``generation_config`` among the options goes
+        before the folder's, which still tells what that one leaves open.
 
         Arguments:
             input_ids: (B, T) sentences to reconstruct from their posterior means; not a prefix.
@@ -158,8 +165,7 @@ class TextGeneration(ClassVAE, GenerationMixin):
         if class_labels is not None or self.config.num_classes:
             self.with_class(latents, class_labels)  # refuses what is wrong by its name
             options["class_labels"] = torch.as_tensor(class_labels, device=latents.device).expand(len(latents))
-        lengths, defaults = ("max_new_tokens", "max_length"), options.get("generation_config") or self.generation_config
-        if all(options.get(name) is None and getattr(defaults, name) is None for name in lengths):
+        if all(settled(name, options, self.generation_config) is None for name in ("max_new_tokens", "max_length")):
             options["max_new_tokens"] = 64  # as an option: in generation_config it would silently win over a caller's max_length
         return GenerationMixin.generate(self, latents=latents, **options)
 
