@@ -287,6 +287,15 @@ def test_generation_names_what_is_wrong():
         ({"temperature": math.nan, "do_sample": True}, "temperature: received nan, expected more than 0"),
         ({"top_p": 2.0, "do_sample": True}, r"top_p: received 2.0, expected in \(0, 1\]"),
         ({"top_k": -1, "do_sample": True}, r"top_k: received -1, expected 0 \(all\) or more"),
+        ({"top_h": 0.5}, "top_h: received 0.5 for a greedy search, which draws nothing"),
+        ({"eta_cutoff": 0.1, "num_beams": 2}, "eta_cutoff: received 0.1 for a beam search, which draws nothing"),
+        ({"epsilon_cutoff": -1.0, "do_sample": True}, r"epsilon_cutoff: received -1.0, expected in \[0, 1\)"),
+        ({"length_penalty": 2.0}, "length_penalty: received 2.0 for one beam: expected num_beams from 2 on, or no length_penalty"),
+        ({"early_stopping": True, "do_sample": True}, "early_stopping: received True for one beam: expected num_beams from 2 on"),
+        ({"early_stopping": "soon", "num_beams": 2}, "early_stopping: received 'soon', expected True, False or 'never'"),
+        ({"num_return_sequences": 0}, "num_return_sequences: received 0, expected a whole number from 1 on"),
+        ({"num_return_sequences": 1.5, "do_sample": True}, "num_return_sequences: received 1.5, expected a whole number from 1 on"),
+        ({"guidance_scale": 2.0}, "guidance_scale: received 2.0, expected none or 1: there is no prompt to guide by"),
     ],
 )
 def test_options_that_a_strategy_cannot_use_are_named(options, message):

@@ -1,7 +1,7 @@
 """What a text VAE writes: sentences of latents or of classes, and reconstructions, by transformers' generation."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,12 +32,29 @@ _BY_ROW = (
 )
 
 
-_OF_SAMPLING = {  # what each must be
-    "temperature": ("more than 0", lambda value: 0 < value < math.inf),
-    "top_k": ("0 (all) or more", lambda value: value >= 0),
-    "top_p": ("in (0, 1]", lambda value: 0 < value <= 1),
-    "min_p": ("in [0, 1]", lambda value: 0 <= value <= 1),
-    "typical_p": ("in (0, 1]", lambda value: 0 < value <= 1),
+def _number(fits: Callable[[float], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int | float) and fits(value)
+
+
+_WHOLE = ("a whole number from 1 on", lambda value: isinstance(value, int) and value >= 1)
+_OF_ANY = {  # what each must be
+    "num_beams": _WHOLE,
+    "num_return_sequences": _WHOLE,
+    "guidance_scale": ("none or 1: there is no prompt to guide by", lambda value: value == 1),
+}
+_OF_SAMPLING = {
+    "temperature": ("more than 0", _number(lambda value: 0 < value < math.inf)),
+    "top_k": ("0 (all) or more", _number(lambda value: value >= 0)),
+    "top_p": ("in (0, 1]", _number(lambda value: 0 < value <= 1)),
+    "top_h": ("in (0, 1]", _number(lambda value: 0 < value <= 1)),
+    "min_p": ("in [0, 1]", _number(lambda value: 0 <= value <= 1)),
+    "typical_p": ("in (0, 1]", _number(lambda value: 0 < value <= 1)),
+    "epsilon_cutoff": ("in [0, 1)", _number(lambda value: 0 <= value < 1)),
+    "eta_cutoff": ("in [0, 1)", _number(lambda value: 0 <= value < 1)),
+}
+_OF_BEAMS = {
+    "length_penalty": ("a finite number", _number(math.isfinite)),
+    "early_stopping": ("True, False or 'never'", lambda value: isinstance(value, bool) or value == "never"),
 }
 
 
@@ -59,16 +76,17 @@ def check_strategy(options: Mapping[str, Any], folder: GenerationConfig) -> None
     Raises:
         ValueError: naming the option, its value and what was expected.
     """
-    beams = options.get("num_beams")
-    if beams is not None and (not isinstance(beams, int) or beams < 1):
-        raise ValueError(f"num_beams: received {beams!r}, expected a whole number from 1 on")
-    for name, (expected, fits) in _OF_SAMPLING.items():
-        value = options.get(name)
-        if value is not None and not (isinstance(value, int | float) and fits(value)):
-            raise ValueError(f"{name}: received {value!r}, expected {expected}")
-        if value is not None and not settled("do_sample", options, folder):
-            how = "beam search" if (settled("num_beams", options, folder) or 1) > 1 else "greedy search"
-            raise ValueError(f"{name}: received {value!r} for a {how}, which draws nothing: expected do_sample=True, or no {name}")
+    rules = {name: rule for name, rule in (_OF_ANY | _OF_SAMPLING | _OF_BEAMS).items() if options.get(name) is not None}
+    for name, (expected, fits) in rules.items():
+        if not fits(options[name]):
+            raise ValueError(f"{name}: received {options[name]!r}, expected {expected}")
+    samples, beams = settled("do_sample", options, folder), (settled("num_beams", options, folder) or 1) > 1
+    for name in rules:
+        if name in _OF_SAMPLING and not samples:
+            how = f"a {'beam' if beams else 'greedy'} search, which draws nothing"
+            raise ValueError(f"{name}: received {options[name]!r} for {how}: expected do_sample=True, or no {name}")
+        if name in _OF_BEAMS and not beams:
+            raise ValueError(f"{name}: received {options[name]!r} for one beam: expected num_beams from 2 on, or no {name}")
 
 
 def largest(scores: Tensor) -> Tensor:
