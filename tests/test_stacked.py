@@ -77,6 +77,10 @@ def test_m1_stays_as_it_is_and_a_folder_holds_both(kind, tmp_path):
     assert model.classify(**inputs)[[0, 1, 3], [0, 1, 2]].sum() > told
     drawn = [each.generate(class_labels=[2, 0], generator=torch.Generator().manual_seed(0)) for each in (model, again)]
     assert torch.equal(*drawn) and len(drawn[0]) == 2
+    if "input_ids" in inputs:
+        words = {"do_sample": True, "top_k": 0}
+        drawn = [model.generate(class_labels=[2, 0], generator=torch.Generator().manual_seed(0), **words) for _ in range(2)]
+        assert torch.equal(*drawn)
     assert len(again.sample(3)) == 3 and len(again.reconstruct(**inputs)) == B
 
 

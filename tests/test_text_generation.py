@@ -56,6 +56,25 @@ def test_random_words_have_their_probability(model):
         assert ((share - expected).abs() < 5 * (expected * (1 - expected) / len(drawn)).sqrt() + 1e-3).all()
 
 
+def test_a_generator_makes_sampled_words_repeatable_too(model):
+    ids = torch.tensor([[1, 5, 6, EOS], [1, 7, 8, EOS]])
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 8}
+    given = {"latents": torch.randn(2, 3)} | ({"class_labels": torch.tensor([1, 2])} if model.config.num_classes else {})
+    writers = [lambda g: model.generate(**given, generator=g, **options), lambda g: model.sample(2, g, **options)]
+    writers += [
+        lambda g: model.generate(input_ids=ids, generator=g, **options),
+        lambda g: model.reconstruct(input_ids=ids, generator=g, **options),
+    ]
+    for write_by in writers:
+        same, again, other = (write_by(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+        assert torch.equal(same, again) and not (same.shape == other.shape and torch.equal(same, other))
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    model.generate(**given, generator=torch.Generator().manual_seed(1), **options)
+    assert torch.equal(torch.rand(2), expected)  # torch's own generator is left as it was
+
+
 def test_finished_rows_leave_the_batch(model):
     seen, z = [], torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     hook = model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))

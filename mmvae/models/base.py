@@ -287,10 +287,12 @@ class VAE(VerifiedModel):
 
         Arguments:
             num_samples: how many.
-            generator: makes the latents repeatable; torch's global generator when None.
+            generator: makes the latents (and sampled words) repeatable; torch's global generator when None.
             options: handed to :meth:`render`.
         """
-        return self.render(self.sample_prior(num_samples, generator), **options)
+        z = self.sample_prior(num_samples, generator)
+        with seeded(generator):
+            return self.render(z, **options)
 
     @torch.no_grad()
     def reconstruct(self, **inputs: Any) -> Tensor:

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from mmvae.aggregation import Posterior
 from mmvae.distributions import DiagNormal, GaussianMixture, at_least_float32
-from mmvae.models.base import VAEOutput
+from mmvae.models.base import VAEOutput, seeded
 from mmvae.models.configuration import VAEConfig
 from mmvae.models.unimodal import VAEModel
 from mmvae.nn import some_rows
@@ -263,7 +263,7 @@ class ClassVAE(VAEModel):
         Arguments:
             class_labels: (B,) whole numbers; None for a model without classes.
             latents: (B, *event); drawn from p(z) when None.
-            generator: makes these repeatable; torch's global generator when None.
+            generator: makes these (and sampled words) repeatable; torch's global generator when None.
             options: handed to :meth:`render`.
 
         Raises:
@@ -271,7 +271,8 @@ class ClassVAE(VAEModel):
         """
         if latents is None:
             latents = self._latents_for(class_labels, generator)
-        return self.render(latents, **options if class_labels is None else {**options, "class_labels": class_labels})
+        with seeded(generator):
+            return self.render(latents, **options if class_labels is None else {**options, "class_labels": class_labels})
 
     def _latents_for(self, class_labels: Tensor | Sequence[int] | None, generator: torch.Generator | None) -> Tensor:
         """One latent from p(z) for every class that is asked for."""

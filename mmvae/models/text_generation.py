@@ -11,6 +11,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
+from mmvae.models.base import seeded
 from mmvae.models.classes import ClassVAE
 from mmvae.recurrent import GRUState
 
@@ -150,7 +151,7 @@ class TextGeneration(ClassVAE, GenerationMixin):
             latents: (B, D), instead.
             class_labels: (B,) classes of a model that has them; alone, with latents from p(z): ``generate(class_labels=[3, 3, 7])``. With
                 ``input_ids`` the likeliest classes when None.
-            generator: makes these latents repeatable; torch's global generator when None.
+            generator: makes latents that are drawn, and sampled words, repeatable; torch's global generator when None.
             source: (B, L, F) to attend to, see :meth:`mmvae.TextVAE.decode`.
             options: of ``GenerationMixin.generate``: ``max_new_tokens`` (64), ``num_beams``, ``temperature``, ``do_sample`` (of the 50
                 likeliest words, of all with ``top_k=0``), ...
@@ -166,7 +167,7 @@ class TextGeneration(ClassVAE, GenerationMixin):
             raise ValueError(f"generate: received {'neither' if latents is None else 'both'} latents and input_ids, expected one of them")
         if input_ids is not None:
             given = {"input_ids": input_ids, "attention_mask": options.pop("attention_mask", None), "class_labels": class_labels}
-            given["source"] = source
+            given |= {"source": source, "generator": generator}
             return self.reconstruct(**{name: value for name, value in given.items() if value is not None}, **options)
         latents = self._latents_for(class_labels, generator) if latents is None else latents
         if not isinstance(latents, Tensor) or latents.dim() != 2 or not len(latents):
@@ -185,7 +186,8 @@ class TextGeneration(ClassVAE, GenerationMixin):
             options["class_labels"] = torch.as_tensor(class_labels, device=latents.device).expand(len(latents))
         if all(settled(name, options, self.generation_config) is None for name in ("max_new_tokens", "max_length")):
             options["max_new_tokens"] = 64  # as an option: in generation_config it would silently win over a caller's max_length
-        return GenerationMixin.generate(self, latents=latents, **options)
+        with seeded(generator):
+            return GenerationMixin.generate(self, latents=latents, **options)
 
     def check_source(self, source: Tensor | None, rows: int) -> None:
         """Refuse a source that is not (rows, L, ``source_size``)."""
