@@ -1,7 +1,8 @@
 """What a text VAE writes: its reconstructions beside the true sentences, and how different its samples are.
 
 Figures are called ``reconstruction/<score>`` (see :func:`mmvae.metrics.text_scores`) and ``samples/<figure>`` (see
-:func:`mmvae.metrics.diversity` and :func:`forward_perplexity`). They depend neither on batch size nor on the number of ranks.
+:func:`mmvae.metrics.diversity` and :func:`forward_perplexity`). They depend neither on batch size nor on the number of ranks,
+nor on the ``generation_config`` of the model's folder: sentences are made by the options that are given here.
 
 Reverse perplexity is the other way round, that of real rows under a language model trained on samples: ``recipes/evaluate.py`` with
 ``--samples_file`` writes them, ``recipes/text_vae.py --latent_dim 0`` trains on them with the tokenizer of the model that wrote them, and
@@ -11,13 +12,15 @@ References:
     Zhao et al. (2018), Adversarially regularized autoencoders, §5 (forward and reverse perplexity), https://arxiv.org/abs/1706.04223
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
+from transformers import GenerationConfig
 
 from mmvae.coherence import CHUNK, chunks
 from mmvae.data import Loader, Rows, TextColumn
@@ -29,6 +32,16 @@ from mmvae.noise import fold
 from mmvae.processing import decode_text
 
 _SAMPLES = 0x73616D70  # keeps the samples' noise apart from other noise
+
+
+@contextlib.contextmanager
+def _no_defaults(model: TextVAE) -> Iterator[None]:
+    """Let the model write without what its ``generation_config`` holds but BOS, EOS and PAD."""
+    own, model.generation_config = model.generation_config, GenerationConfig.from_model_config(model.config)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @torch.no_grad()
@@ -71,7 +84,8 @@ def evaluate_sentences(
         parts, options = [], {"num_beams": num_beams, "suppress_tokens": suppress_tokens}
         for n, numbers, inputs in chunks(accelerator, model, rows, num_generated):
             longest = inputs["input_ids"].shape[1] + 10
-            made = decode_text(tokenizer, model.reconstruct(**inputs, **options, max_new_tokens=longest))
+            with _no_defaults(model):
+                made = decode_text(tokenizer, model.reconstruct(**inputs, **options, max_new_tokens=longest))
             parts += [(n, text, truths[number]) for text, number in zip(made, numbers.tolist(), strict=True)]
         made, true = zip(*[part[1:] for part in sorted(gather_object(parts), key=lambda part: part[0])], strict=True)
         figures["reconstruction"] = text_scores(made, true)
@@ -100,7 +114,7 @@ def samples(
     """
     drawn, options = [], {"max_new_tokens": max_new_tokens, "suppress_tokens": suppress_tokens}
     for n in range(accelerator.process_index, -(-num_samples // CHUNK), accelerator.num_processes):
-        with seeded(torch.Generator().manual_seed(fold(seed, _SAMPLES, n))):  # words are drawn by torch's global generator
+        with seeded(torch.Generator().manual_seed(fold(seed, _SAMPLES, n))), _no_defaults(model):
             part = min(CHUNK, num_samples - n * CHUNK)
             texts = decode_text(tokenizer, model.sample(part, do_sample=True, top_k=0, **options))
         drawn += [(n, text) for text in texts]

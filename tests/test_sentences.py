@@ -42,6 +42,20 @@ def test_what_is_known_by_heart_is_written_again(trained, monkeypatch):
     assert few != evaluate_sentences(Accelerator(cpu=True), model, tokenizer, rows, TEXTS, num_generated=10, seed=1)
 
 
+def test_figures_are_of_the_options_given_not_of_the_folders(trained, tmp_path):
+    model, tokenizer, rows = trained
+    accelerator = Accelerator(cpu=True)
+    expected = evaluate_sentences(accelerator, model, tokenizer, rows, TEXTS, num_generated=30)
+    model.save_pretrained(tmp_path)
+    told = TextVAE.from_pretrained(tmp_path).eval()
+    for name, value in {"do_sample": True, "temperature": 3.0, "top_p": 0.5, "num_beams": 2, "repetition_penalty": 1.5}.items():
+        setattr(told.generation_config, name, value)
+    told.save_pretrained(tmp_path)
+    told = TextVAE.from_pretrained(tmp_path).eval()
+    assert evaluate_sentences(accelerator, told, tokenizer, rows, TEXTS, num_generated=30) == expected
+    assert told.generation_config.temperature == 3.0  # and the model keeps its own
+
+
 def test_the_first_samples_are_those_drawn_first(trained, monkeypatch):
     model, tokenizer, _ = trained
     monkeypatch.setattr("mmvae.sentences.CHUNK", 5)
