@@ -239,11 +239,7 @@ def _train_bpe(texts: Iterable[str], tokenizer: Tokenizer, vocab_size: int, min_
 
 
 def train_tokenizer(
-    texts: Iterable[str],
-    kind: str = "whitespace",
-    vocab_size: int = 10_000,
-    min_frequency: int = 1,
-    lowercase: bool = False,
+    texts: Iterable[str], kind: str = "whitespace", vocab_size: int = 10_000, min_frequency: int = 1, lowercase: bool = False
 ) -> PreTrainedTokenizerFast:
     """A tokenizer made from texts: ``BOS w1 ... wT EOS``; the same texts in any order give the same ids.
 
@@ -300,8 +296,9 @@ def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase
     """Any pretrained tokenizer, made to emit ``BOS ... EOS`` padded on the right.
 
     What is missing is completed by a stated rule, and logged: BOS and EOS are the CLS and SEP of encoders such as BERT where they
-    exist; else, and for PAD always, a new token is added, so the size of the vocabulary is ``len(tokenizer)``. What is returned is a
-    ``PreTrainedTokenizerFast`` wherever the tokenizer is a fast one, so that it emits the same once saved and loaded.
+    exist; else, and for PAD always, a new token is added, so the size of the vocabulary is ``len(tokenizer)``. A PAD that is also the
+    unknown word, as descendants of Llama 2 have it, counts as missing: unknown words would vanish with the padding. What is returned is
+    a ``PreTrainedTokenizerFast`` wherever the tokenizer is a fast one, so that it emits the same once saved and loaded.
 
     Arguments:
         name_or_path: an id on the Hub or a local folder.
@@ -312,6 +309,8 @@ def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase
     """
     with naming(name_or_path, options.get("subfolder"), "tokenizer.json or tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
+    if tokenizer.pad_token_id == tokenizer.unk_token_id:
+        tokenizer.pad_token = None
     stand_ins = {"bos_token": tokenizer.cls_token, "eos_token": tokenizer.sep_token, "pad_token": None}
     missing = {name: token or SPECIAL_TOKENS[name] for name, token in stand_ins.items() if getattr(tokenizer, name) is None}
     if missing:

@@ -10,7 +10,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, GPTNeoXTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
+from mmvae import TextVAE, TextVAEConfig
 from mmvae.data import ImageColumn
+from mmvae.experiment import make_tokenizer
 from mmvae.processing import (
     ImageVAEImageProcessor,
     ImageVAEImageProcessorPil,
@@ -330,6 +332,19 @@ def test_any_pretrained_tokenizer_serves(special, bos, eos, pad, tmp_path):
     assert decode_text(tokenizer, batch.input_ids) == ["a b", "a"]
     tokenizer.save_pretrained(tmp_path / "ours")
     assert AutoTokenizer.from_pretrained(tmp_path / "ours")(["a b"]).input_ids == tokenizer(["a b"]).input_ids
+
+
+def test_an_unknown_word_is_no_padding(tmp_path):
+    theirs = pretrained(tmp_path / "theirs", bos_token="<s>", eos_token="</s>", pad_token="[UNK]", unk_token="[UNK]")
+    tokenizer, ids = make_tokenizer(theirs, [], 0)
+    assert (tokenizer.pad_token, tokenizer.unk_token, tokenizer.pad_token_id) == ("<pad>", "[UNK]", len(tokenizer) - 1)
+    batch = tokenizer(["a zzz b", "a"], padding=True, return_tensors="pt")
+    assert decode_text(tokenizer, batch.input_ids) == ["a [UNK] b", "a"]
+    model = TextVAE(TextVAEConfig(**ids, embedding_size=4, hidden_size=4, latent_dim=2))
+    assert model.num_tokens(batch.input_ids).tolist() == model.num_tokens(**batch).tolist() == [4, 2]
+    tokenizer.save_pretrained(tmp_path / "ours")
+    again = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert again(["a zzz b", "a"], padding=True).input_ids == batch.input_ids.tolist()
 
 
 _NEOX = {"vocab": {"<|endoftext|>": 0, "<|padding|>": 1, "a": 2, "b": 3, "Ġ": 4, "Ġb": 5}, "merges": [("Ġ", "b")]}
