@@ -186,12 +186,13 @@ class ImageVAEImageProcessorPil(_Pixels, PilBackend):
         return self._read(image, **options).numpy()
 
 
-def _refuse_reserved(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, checked: strings without the words that mark the ends of a sentence."""
+def _refuse_reserved(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Iterator[str]:
+    """The texts, checked: strings that do not become, in capitals for example, the words that mark the ends of a sentence."""
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts[{i}]: got {type(text).__name__}, expected str")
-        if found := [word for word in RESERVED_WORDS if word in text]:
+        written = normalizer.normalize_str(text)
+        if found := [word for word in RESERVED_WORDS if word in written]:
             raise ValueError(f"texts[{i}]: got text with the reserved word {found[0]!r}, expected text without it")
         yield text
 
@@ -275,7 +276,7 @@ def train_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if words else pre_tokenizers.ByteLevel(add_prefix_space=False)
     if not words:
         tokenizer.decoder = decoders.ByteLevel()
-    (_train_words if words else _train_bpe)(_refuse_reserved(texts), tokenizer, vocab_size, min_frequency)
+    (_train_words if words else _train_bpe)(_refuse_reserved(texts, tokenizer.normalizer), tokenizer, vocab_size, min_frequency)
     return _with_ends(tokenizer, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)
 
 

@@ -279,6 +279,8 @@ def test_generated_text_ends_at_the_first_eos():
         (["a b"], {"vocab_size": 5}, "vocab_size: got 5"),
         (["a b"], {"kind": "letters"}, "kind: got 'letters'"),
         (["a b", "c <eos> d"], {}, r"texts\[1\]: got text with the reserved word '<eos>'"),
+        (["a b", "c <EOS> d"], {"lowercase": True}, r"texts\[1\]: got text with the reserved word '<eos>'"),
+        (["a b", "c <Bos> d"], {"lowercase": True, "kind": "bpe"}, r"texts\[1\]: got text with the reserved word '<bos>'"),
     ],
 )
 def test_what_cannot_be_learnt_from_is_refused(texts, options, message):
