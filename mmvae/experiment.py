@@ -30,7 +30,7 @@ from mmvae.optimization import EMA, micro_batches, unwrap, update
 from mmvae.options import RunArguments, parse
 from mmvae.phases import begin, build_phases, check_objectives, check_reach, check_resets, part_of, phase_at
 from mmvae.processes import keep_memory
-from mmvae.processing import ImageVAEImageProcessor, load_tokenizer, train_tokenizer
+from mmvae.processing import ImageVAEImageProcessor, load_tokenizer, train_tokenizer, vocabulary_size
 from mmvae.record import public, without_place
 from mmvae.snapshot import check_whole
 from mmvae.training import Result, fit, load_weights
@@ -133,7 +133,7 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> tuple[Pr
     made = train_tokenizer(texts, kind, vocab_size) if kind in ("whitespace", "bpe") else load_tokenizer(kind)
     ids = {name: getattr(made, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")}
     unknown = ids["pad_token_id"] if ids["unk_token_id"] is None else ids["unk_token_id"]
-    return made, ids | {"unk_token_id": unknown, "vocab_size": len(made)}
+    return made, ids | {"unk_token_id": unknown, "vocab_size": vocabulary_size(made)}
 
 
 def _figures(out: Any) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from mmvae.folder import naming
 from mmvae.models.configuration import input_name, prefixes
 from mmvae.models.inherited import nearest
-from mmvae.processing import decode_text
+from mmvae.processing import decode_text, vocabulary_size
 from mmvae.vectorizer import TopicVAEVectorizer
 
 __all__ = ["MMVAEProcessor"]
@@ -245,7 +245,7 @@ class MMVAEProcessor(ProcessorMixin):
         if self.kinds[name] == "feature_extractor":
             return {}
         if self.kinds[name] == "tokenizer":
-            facts = {"vocab_size": len(part)} | {field: getattr(part, field) for field in _IDS}
+            facts = {"vocab_size": vocabulary_size(part)} | {field: getattr(part, field) for field in _IDS}
         elif self.kinds[name] == "vectorizer":
             facts = {"vocabulary": part.vocabulary}
         else:

@@ -18,7 +18,7 @@ from mmvae.models.mmvae import MMVAE
 from mmvae.models.text_vae import TextVAEConfig
 from mmvae.models.topic_vae import TopicVAEConfig
 from mmvae.options import by_name, parse_modalities
-from mmvae.processing import RESERVED_WORDS
+from mmvae.processing import RESERVED_WORDS, vocabulary_size
 from mmvae.vectorizer import TopicVAEVectorizer
 
 _COUNTED = 256  # rows whose size is taken
@@ -255,8 +255,10 @@ def read_columns(
         raise ValueError(f"modalities: received {list(found)}, expected the model's, {list(own)}")
     if joint:
         processor.check(model.config)
-    elif [*own.values()] == ["text"] and len(processor) > (size := getattr(model.config, "below", model.config).vocab_size):
-        raise ValueError(f"tokenizer: received one of {len(processor)} tokens, expected at most {size}, the model's vocab_size")
+    elif [*own.values()] == ["text"] and (read := vocabulary_size(processor)) > (
+        size := getattr(model.config, "below", model.config).vocab_size
+    ):
+        raise ValueError(f"tokenizer: received one of {read} tokens, expected at most {size}, the model's vocab_size")
     made = {}
     for name, vae in vaes.items():
         kind, source = found[name]

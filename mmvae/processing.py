@@ -33,6 +33,7 @@ __all__ = [
     "decode_text",
     "load_tokenizer",
     "train_tokenizer",
+    "vocabulary_size",
 ]
 
 logger = logging.getLogger(__name__)
@@ -227,13 +228,8 @@ def _train_bpe(texts: Iterable[str], tokenizer: Tokenizer, vocab_size: int, min_
             seen += bool(text.strip())
             yield text.replace(SPECIAL_TOKENS["unk_token"], " ")  # one token by itself, not letters to merge
 
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=list(SPECIAL_TOKENS.values()),
-        initial_alphabet=sorted(alphabet),
-        show_progress=False,
-    )
+    known = {"special_tokens": list(SPECIAL_TOKENS.values()), "initial_alphabet": sorted(alphabet)}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency, show_progress=False, **known)
     tokenizer.train_from_iterator(counted(), trainer)
     if not seen:
         raise ValueError("texts: no text that is not empty, expected at least one")
@@ -297,7 +293,7 @@ def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase
     """Any pretrained tokenizer, made to emit ``BOS ... EOS`` padded on the right.
 
     What is missing is completed by a stated rule, and logged: BOS and EOS are the CLS and SEP of encoders such as BERT where they
-    exist; else, and for PAD always, a new token is added, so the size of the vocabulary is ``len(tokenizer)``. A PAD that is also the
+    exist; else, and for PAD always, a new token is added, so the vocabulary grows; see :func:`vocabulary_size`. A PAD that is also the
     unknown word, as descendants of Llama 2 have it, counts as missing: unknown words would vanish with the padding. What is returned is
     a ``PreTrainedTokenizerFast`` wherever the tokenizer is a fast one, so that it emits the same once saved and loaded.
 
@@ -326,6 +322,11 @@ def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase
     if (ids[0], ids[-1]) != ends or len(ids) < 3:
         raise ValueError(f"tokenizer {name_or_path}: 'a' is encoded as {ids}, expected {ends[0]} (BOS) ... {ends[1]} (EOS)")
     return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """``vocab_size`` of a model that reads what the tokenizer writes: one more than its largest id, since ids may have gaps."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:

@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, GPTNeoXTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
-from mmvae import TextVAE, TextVAEConfig
+from mmvae import MMVAEConfig, MMVAEProcessor, TextVAE, TextVAEConfig
 from mmvae.data import ImageColumn
 from mmvae.experiment import make_tokenizer
 from mmvae.processing import (
@@ -347,6 +347,18 @@ def test_an_unknown_word_is_no_padding(tmp_path):
     tokenizer.save_pretrained(tmp_path / "ours")
     again = AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert again(["a zzz b", "a"], padding=True).input_ids == batch.input_ids.tolist()
+
+
+def test_ids_may_have_gaps(tmp_path):
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "a": 4, "b": 9}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path)
+    tokenizer, ids = make_tokenizer(str(tmp_path), [], 0)
+    assert ids["vocab_size"] == 10 > len(tokenizer)
+    config = TextVAEConfig(**ids, embedding_size=4, hidden_size=4, latent_dim=2)
+    assert TextVAE(config)(**tokenizer(["a b"], return_tensors="pt")).loss.isfinite()
+    MMVAEProcessor({"text": tokenizer}).check(MMVAEConfig(modalities={"text": config}, latent_dim=2))
 
 
 _NEOX = {"vocab": {"<|endoftext|>": 0, "<|padding|>": 1, "a": 2, "b": 3, "Ġ": 4, "Ġb": 5}, "merges": [("Ġ", "b")]}
