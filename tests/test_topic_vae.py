@@ -113,6 +113,8 @@ def test_configurations_that_cannot_be_are_named(options, message):
 
 def test_wrong_arguments_are_named():
     vae = model().eval()
+    with pytest.raises(TypeError, match="word_counts: received a list, expected a tensor"):
+        model().encode([[1.0] * len(WORDS)])
     with pytest.raises(ValueError, match=r"word_counts: received shape \(2, 35\), expected \(batch, 36\), the vocabulary's"):
         vae(torch.zeros(2, 35))
     for wrong in (-1.0, math.nan, math.inf):

@@ -168,6 +168,7 @@ class TopicVAE(VAEModel):
         """q(z|x), batch (B,), of documents given as counts (B, V) >= 0 of any dtype; one without a word is a document too.
 
         Raises:
+            TypeError: for counts that are no tensor.
             ValueError: for counts of another shape, and in the host's memory for one that is negative or not finite.
         """
         return self._latent_given(self.target(word_counts).log1p().to(self.dtype))
@@ -184,6 +185,8 @@ class TopicVAE(VAEModel):
     def target(self, word_counts: Tensor) -> Tensor:
         """What is scored: the counts, (B, V) float32."""
         words = len(self.config.vocabulary)
+        if not isinstance(word_counts, Tensor):
+            raise TypeError(f"word_counts: received a {type(word_counts).__name__}, expected a tensor")
         if word_counts.dim() != 2 or word_counts.shape[1] != words:
             raise ValueError(f"word_counts: received shape {tuple(word_counts.shape)}, expected (batch, {words}), the vocabulary's")
         if word_counts.is_cpu and not torch.compiler.is_compiling() and not (counted := (word_counts >= 0) & word_counts.isfinite()).all():
