@@ -42,7 +42,7 @@ _KINDS = {
     "feature_extractor": (SequenceFeatureExtractor, AutoFeatureExtractor, "preprocessor_config.json"),
 }
 _ABSENT = {"image_processor": Image.new("L", (1, 1)), "feature_extractor": np.zeros(1, np.float32)}
-_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+ENDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def _kind(name: str, part: Any) -> str:
@@ -51,6 +51,17 @@ def _kind(name: str, part: Any) -> str:
             return kind
     expected = "expected an image processor, a tokenizer, a vectorizer or a feature extractor"
     raise TypeError(f"modalities[{name!r}]: got {type(part).__name__}, {expected}")
+
+
+def check_facts(what: str, facts: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuse a processor that does not fit a model; ``facts`` are (the processor's, the model's) by field. ValueError."""
+    for field, (got, expected) in facts.items():
+        if got != expected:
+            if isinstance(got, list):  # of words
+                place, pair = next((n, pair) for n, pair in enumerate(zip_longest(got, expected)) if pair[0] != pair[1])
+                words = zip((got, expected), pair, strict=True)
+                got, expected = (f"of {len(all_)} words, number {place} {word!r}" for all_, word in words)
+            raise ValueError(f"{what}: got {field} {got}, expected the model's, {expected}")
 
 
 class MMVAEProcessor(ProcessorMixin):
@@ -231,13 +242,7 @@ class MMVAEProcessor(ProcessorMixin):
                 f"processor: got the modalities {list(self.parts)}, expected the model's, {list(config.modalities)}, in their order"
             )
         for name, child in config.modalities.items():
-            for field, (got, expected) in self._facts(name, child).items():
-                if got != expected:
-                    if isinstance(got, list):  # of words
-                        place, pair = next((n, pair) for n, pair in enumerate(zip_longest(got, expected)) if pair[0] != pair[1])
-                        words = zip((got, expected), pair, strict=True)
-                        got, expected = (f"of {len(all_)} words, number {place} {word!r}" for all_, word in words)
-                    raise ValueError(f"processor of {name!r}: got {field} {got}, expected the model's, {expected}")
+            check_facts(f"processor of {name!r}", self._facts(name, child))
 
     def _facts(self, name: str, child: Any) -> dict[str, tuple[Any, Any]]:
         """What the processor and the model must agree on: (the processor's, the model's) by field, as far as the model states it."""
@@ -245,7 +250,7 @@ class MMVAEProcessor(ProcessorMixin):
         if self.kinds[name] == "feature_extractor":
             return {}
         if self.kinds[name] == "tokenizer":
-            facts = {"vocab_size": vocabulary_size(part)} | {field: getattr(part, field) for field in _IDS}
+            facts = {"vocab_size": vocabulary_size(part)} | {field: getattr(part, field) for field in ENDS}
         elif self.kinds[name] == "vectorizer":
             facts = {"vocabulary": part.vocabulary}
         else:

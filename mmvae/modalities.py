@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from mmvae.data import Augmentation, Column, ImageColumn, Loader, Rows, TextColumn, WordCountColumn, as_modalities, find_column, texts_of
 from mmvae.experiment import image_processor, make_tokenizer
-from mmvae.joint_processing import MMVAEProcessor
+from mmvae.joint_processing import ENDS, MMVAEProcessor, check_facts
 from mmvae.models.configuration import MMVAEConfig, VAEConfig
 from mmvae.models.image_vae import ImageVAEConfig
 from mmvae.models.mmvae import MMVAE
@@ -227,6 +227,18 @@ def read_column(config: VAEConfig, processor: Any, name: str, *, max_length: int
     return ImageColumn(name, config.height_width, config.num_channels, **pixels)
 
 
+def _check(config: VAEConfig, processor: Any) -> None:
+    """Refuse a processor that writes other words or ends of sentences than a model of one modality reads; it may know fewer words."""
+    config = getattr(config, "below", config)
+    if isinstance(config, TopicVAEConfig):
+        check_facts("processor", {"vocabulary": (processor.vocabulary, config.vocabulary)})
+    if isinstance(config, TextVAEConfig):
+        if (size := vocabulary_size(processor)) > config.vocab_size:
+            raise ValueError(f"tokenizer: received one of {size} tokens, expected at most {config.vocab_size}, the model's vocab_size")
+        given = {name: own for name in ENDS if (own := getattr(processor, name)) is not None}  # else they are its CLS and SEP
+        check_facts("tokenizer", {name: (own, getattr(config, name)) for name, own in given.items()})
+
+
 def read_columns(
     model: PreTrainedModel, processor: Any, data: Any, modalities: str | None = None, column: str | None = None, **reading: Any
 ) -> list[Column]:
@@ -241,7 +253,8 @@ def read_columns(
         reading: ``max_length`` and ``truncate`` of texts.
 
     Raises:
-        ValueError: modalities that are not the model's, columns that are not there, or one column for a joint model.
+        ValueError: modalities that are not the model's, columns that are not there, one column for a joint model, or a processor whose
+            words or special tokens are not the model's.
     """
     joint = isinstance(model.config, MMVAEConfig)
     if joint and column:
@@ -255,10 +268,8 @@ def read_columns(
         raise ValueError(f"modalities: received {list(found)}, expected the model's, {list(own)}")
     if joint:
         processor.check(model.config)
-    elif [*own.values()] == ["text"] and (read := vocabulary_size(processor)) > (
-        size := getattr(model.config, "below", model.config).vocab_size
-    ):
-        raise ValueError(f"tokenizer: received one of {read} tokens, expected at most {size}, the model's vocab_size")
+    else:
+        _check(model.config, processor)
     made = {}
     for name, vae in vaes.items():
         kind, source = found[name]

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Wav2Vec2FeatureExtractor
 
-from mmvae import ImageVAEConfig, ImageVAEImageProcessor, MMVAEConfig, MMVAEProcessor, TextVAEConfig, TopicVAEConfig
+from mmvae import ImageVAEConfig, ImageVAEImageProcessor, MMVAEConfig, MMVAEProcessor, TextVAE, TextVAEConfig, TopicVAE, TopicVAEConfig
 from mmvae.data import ImageColumn, Loader, Rows, TextColumn, as_modalities
 from mmvae.folder import FolderError
+from mmvae.modalities import read_columns
 from mmvae.processing import load_tokenizer, train_tokenizer
 from mmvae.vectorizer import TopicVAEVectorizer
 
@@ -242,6 +243,18 @@ def test_a_processor_that_does_not_fit(changes, message):
     pair().check(config())
     with pytest.raises(ValueError, match=message):
         pair().check(config(**changes))
+
+
+def test_a_processor_that_does_not_fit_a_model_of_one_modality():
+    data, words = datasets.Dataset.from_dict({"text": ["a red heart"]}), ["big", "heart", "red"]
+    topics = TopicVAE(TopicVAEConfig(vocabulary=words, latent_dim=2))
+    assert read_columns(topics, TopicVAEVectorizer(words), data)
+    with pytest.raises(ValueError, match="got vocabulary of 3 words, number 0 'heart', expected the model's, of 3 words, number 0 'big'"):
+        read_columns(topics, TopicVAEVectorizer(["heart", "big", "red"]), data)
+    small = {"vocab_size": 99, "embedding_size": 4, "hidden_size": 4, "latent_dim": 2}
+    assert read_columns(TextVAE(TextVAEConfig(**small)), ENGLISH, data)  # a model may know more tokens
+    with pytest.raises(ValueError, match="tokenizer: got eos_token_id 2, expected the model's, 5"):
+        read_columns(TextVAE(TextVAEConfig(**small, eos_token_id=5)), ENGLISH, data)
 
 
 def test_a_processor_of_other_modalities():
