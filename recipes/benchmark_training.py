@@ -40,6 +40,7 @@ class BenchmarkArguments:
     bf16: bool = field(
         default=False, metadata={"help": "train and score under bfloat16 autocast, where the hardware has it; not the references"}
     )
+    compile: bool = field(default=False, metadata={"help": "compile the trunks in image training, as the recipes' option does"})
     profile: bool = field(default=False, metadata={"help": "show where the time of ours goes"})
     batch_size: int = field(default=128, metadata={"help": "of image training; of every rank"})
     num_samples: int = field(default=1000, metadata={"help": "importance samples of a picture"})
@@ -123,6 +124,8 @@ def image_training(size: int, channels: int, args: BenchmarkArguments) -> Work:
     rows = image_rows(args, config)
     items = [pixels.float() / 255 for pixels in some_pixels(rows, 2000)]
     plain, model = PlainImageVAE(config).train(), ImageVAE(config).to(memory_format=torch.channels_last).train()
+    if args.compile:
+        model.encoder.compile(), model.decoder.compile()
     optimizer, unfused = optimizers(model, plain)
     ours, theirs = endless(Loader(rows, args.batch_size)), chain.from_iterable(repeat(DataLoader(items, args.batch_size, shuffle=True)))
 
