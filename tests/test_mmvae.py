@@ -320,6 +320,13 @@ def test_generation_of_anything_from_anything(model):
     assert set(model.sample(2, max_new_tokens=3)) == {"image", "text"}
 
 
+def test_what_a_tokenizer_gives_besides_is_passed_over_in_generation():
+    model, inputs = joint(), batch()
+    foreign = {"token_type_ids": torch.zeros_like(inputs["input_ids"]), "labels": torch.zeros(5)}
+    for target in ("image", "text"):
+        assert torch.equal(model.reconstruct(target, **inputs, **foreign), model.reconstruct(target, **inputs))
+
+
 def test_what_is_found_overlaps_most(model):
     both, reference = batch(), {"pixel_values": batch(9)["pixel_values"]}
     queries, candidates = {"pixel_values": both.pop("pixel_values")[:3]}, both

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmvae.distributions import DiagNormal
 from mmvae.models.base import VAE, seeded
+from mmvae.models.inherited import FOREIGN_ARGUMENTS
 
 _MOST_DIFFERENCES = 1 << 24  # numbers held at once while latents are compared
 _MOST_ROWS = 256  # encoded at once to be compared
@@ -40,8 +41,9 @@ class JointGeneration(VAE):
             num_samples: of each row, next to each other; or, when nothing is given, how many.
             generator: makes the latents (and sampled words) repeatable; torch's global generator when None.
             sample: draw latents, or take the posterior's most informed mean, that of :meth:`mmvae.aggregation.Posterior.fullest`.
-            inputs: of any of the modalities, as for :meth:`posterior`; the rest are options of the targets' ``render``. The folder of a
-                joint model keeps no ``generation_config`` of its texts.
+            inputs: of any of the modalities, as for :meth:`posterior`; the rest are options of the targets' ``render``, but for tensors
+                that ``forward`` passes over, too, such as ``token_type_ids``. The folder of a joint model keeps no
+                ``generation_config`` of its texts.
 
         Returns:
             (B * num_samples, ...): pixels, token ids, or whatever the target renders; by name where several were asked for.
@@ -53,6 +55,7 @@ class JointGeneration(VAE):
         names = [target] if isinstance(target, str) else list(target)
         own, options = self.split(inputs)
         masks = {name: options.pop(name) for name in ("present", "visible") if name in options}
+        options = {name: value for name, value in options.items() if not (name in FOREIGN_ARGUMENTS and isinstance(value, Tensor))}
         vaes = {name: self._modality(name) for name in names}
         conditions = {name: {k: v for k, v in own[name].items() if k in vae.condition_names} for name, vae in vaes.items()}
         encoded = {f"{name}_{k}": v for name, vae in self.vaes.items() for k, v in own[name].items() if k in vae.input_names}
