@@ -83,8 +83,8 @@ def main() -> None:
         if not made.spread_neighbours:
             return told
         seen = Rows(data["train"], column, **args.rows)
-        ((_, latents),) = posterior_means(accelerator, below.to(accelerator.device).eval(), seen).values()
-        return spread_labels(latents, told, made.spread_neighbours, made.spread_least)
+        ((numbers, latents),) = posterior_means(accelerator, below.to(accelerator.device).eval(), seen).values()
+        return told.index_copy(0, numbers, spread_labels(latents, told[numbers], made.spread_neighbours, made.spread_least))
 
     rows, classes = partly_labelled(data, columns, made, seed=args.seed, spread=spread, **args.rows)
     loaders = make_loaders(accelerator, args, rows)

@@ -75,7 +75,7 @@ def test_a_broken_line_is_named_by_its_true_number(tmp_path, line):
         ("", "got an empty line"),
         ('{"text": 5}', "field 'text': got number, expected str as in line 1"),
         ('{"text": "\\ud800"}', "column 11: got a lone surrogate"),
-        ('{"text": null}', "got NoneType"),
+        ('{"text": null}', "got an empty cell"),
         ('{"text": "w1 <eos>"}', "BOS, EOS or PAD"),
         ('{"text": "w1 <pad>"}', "BOS, EOS or PAD"),
     ],
@@ -107,7 +107,7 @@ def test_too_many_bad_rows_stop_a_run_and_are_listed(tmp_path):
     args = {"on_bad_row": "skip", "output_dir": str(tmp_path), "dataset": "mine", "batch_size": 2, "seed": 0, "num_workers": 0}
     with pytest.raises(BadRow, match=r"mine, train: got 1 bad rows beside 3 good ones, expected at most 1.0% .* mine: row 1, field 'text'"):
         make_loaders(accelerator, SimpleNamespace(**args, most_bad_rows=0.01), rows)
-    assert (tmp_path / "bad_rows.txt").read_text() == "train: mine: row 1, field 'text': got NoneType, expected text\n"
+    assert (tmp_path / "bad_rows.txt").read_text() == "train: mine: row 1, field 'text': got an empty cell, expected a value\n"
     loaders = make_loaders(accelerator, SimpleNamespace(**args, most_bad_rows=0.25), rows)
     assert isinstance(loaders["train"], Loader) and loaders["train"].num_rows == 3
 
@@ -227,7 +227,7 @@ def test_a_broken_line_of_one_split_hides_no_row_of_another(tmp_path, capsys, mo
     for split, bad in (("train", '{"text" oh'), ("test", '{"text": null}')):
         (folder / f"{split}.jsonl").write_text("\n".join(['{"text": "w1"}', bad, '{"text": "w1"}']) + "\n")
     told = checked(folder, capsys, monkeypatch)
-    assert "train.jsonl: line 2, " in told and "test: row 1, field 'text': got NoneType" in told and "\n2 problems" in told
+    assert "train.jsonl: line 2, " in told and "test: row 1, field 'text': got an empty cell" in told and "\n2 problems" in told
 
 
 def test_every_problem_is_listed_where_no_row_is_good(tmp_path, capsys, monkeypatch):

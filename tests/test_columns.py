@@ -220,7 +220,7 @@ def test_long_text_is_an_error_unless_truncation_is_asked_for():
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(None, "NoneType"), (3, "int"), ("a \ud800", "surrogate at character 2"), ("a <eos> b", "BOS, EOS"), ("a <pad> b", "or PAD")],
+    [(None, "an empty cell"), (3, "int"), ("a \ud800", "surrogate at character 2"), ("a <eos> b", "BOS, EOS"), ("a <pad> b", "or PAD")],
 )
 def test_bad_text_is_refused(value, message):
     with pytest.raises(ValueError, match=f"got .*{message}.*expected"):

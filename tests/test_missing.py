@@ -11,8 +11,22 @@ import torch
 from PIL import Image
 from test_columns import tokenizer
 
-from mmvae.data import BadRow, ImageColumn, Loader, Rows, TextColumn, as_modalities, load_rows, splits, sprites, texts_of
+from mmvae.data import (
+    BadRow,
+    ImageColumn,
+    LabelColumn,
+    Loader,
+    Rows,
+    TextColumn,
+    WordCountColumn,
+    as_modalities,
+    load_rows,
+    splits,
+    sprites,
+    texts_of,
+)
 from mmvae.data.missing import hide
+from mmvae.vectorizer import TopicVAEVectorizer
 
 REAL = os.environ.get("MMVAE_TEST_DATA")
 needs_real_data = pytest.mark.skipif(not REAL, reason="MMVAE_TEST_DATA is not set: no folder with real data")
@@ -127,12 +141,32 @@ def test_every_batch_and_every_rank_holds_every_input(streamed):
     assert whole == {row: value for share in shares for row, value in table(share).items()}
 
 
-def test_one_column_that_is_no_modality_still_refuses_none():
+@pytest.mark.parametrize("kind", ["prepared", "decoded later", "stream"])
+@pytest.mark.parametrize(
+    "column", [TextColumn("text", tokenizer("a")), ImageColumn("image", 4), WordCountColumn("text", TopicVAEVectorizer(["a", "b"]))]
+)
+def test_of_one_modality_a_row_whose_cell_is_empty_has_none(column, kind, caplog):
+    data = both(30, images=lambda i: i not in (5, 10), texts=lambda i: None if i in (5, 10) else "a")
+    data = data.add_column("label", ["b" if i in (5, 10) else "a" for i in range(30)])
+    order = list(range(30)) if kind == "stream" else list(reversed(range(30)))
+    data = data.to_iterable_dataset() if kind == "stream" else data.select(order)
+    options = {"name": "mine", "memory_limit": 2**30 if kind == "prepared" else 0}
+    told = rf"mine: row (5 of the stream|10), field '{column.name}': got an empty cell, expected a value"
+    with pytest.raises(BadRow, match=rf"^{told} \(or set on_bad_row, --on_bad_row, to skip_empty\)$"):
+        epoch(Rows(data, [column, LabelColumn("label", ("a", "b"))], **options))
+    for on_bad_row in ("skip_empty", "skip"):
+        rows = Rows(data, [column, LabelColumn("label", ("a",))], **options, on_bad_row=on_bad_row)
+        batches = epoch(rows)
+        assert sorted(order[row] for batch in batches for row in batch["row"]) == [i for i in range(30) if i not in (5, 10)]
+        assert "present" not in batches[0] and len(rows.bad) == 2
+    assert "skipping" in caplog.text
+
+
+def test_a_row_of_one_modality_that_is_left_out_is_in_the_fingerprint():
     column = TextColumn("text", tokenizer("a"))
-    with pytest.raises(BadRow, match=r"row 1, field 'text': got NoneType, expected text"):
-        Rows(both(texts=lambda i: None if i == 1 else "a"), column)
-    (batch,) = epoch(Rows(both(3, texts=lambda i: "a"), column))
-    assert "present" not in batch
+    texts = (["", None, "a"], [None, "", "a"])
+    prints = {Rows(datasets.Dataset.from_dict({"text": each}), column, on_bad_row="skip_empty").fingerprint for each in texts}
+    assert len(prints) == 2
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -240,7 +274,8 @@ def test_what_is_refused():
 def test_texts_for_a_tokenizer_pass_over_what_is_missing():
     data = both(5)
     assert list(texts_of(data, "text", missing=True)) == [caption(i) for i in (0, 2, 3)]
-    with pytest.raises(BadRow, match="row 1"):
+    assert list(texts_of(data, "text", on_bad_row="skip_empty")) == [caption(i) for i in (0, 2, 3)]
+    with pytest.raises(BadRow, match="row 1, field 'text': got an empty cell, expected text"):
         list(texts_of(data, "text"))
 
 

@@ -106,9 +106,9 @@ def test_a_row_that_is_no_text_is_named_or_skipped(news, tmp_path):
         lines[5] = json.dumps({"text": None, "label": "sport"})
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     options = ["--dataset", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"), *TINY]
-    with pytest.raises(BadRow, match=r"data: row 5, field 'text': got NoneType, expected text"):
-        run("topic_vae", options)
-    run("topic_vae", [*options, "--on_bad_row", "skip", "--most_bad_rows", "0.5"])
+    with pytest.raises(BadRow, match=r"data: row 5, field 'text': got an empty cell, expected text"):
+        run("topic_vae", [*options, "--on_bad_row", "error"])
+    run("topic_vae", options)
     assert "npmi" in json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
 
 

@@ -81,5 +81,5 @@ def test_rows_are_counted_and_empty_ones_stay_and_are_named(caplog):
 
 def test_a_row_that_is_no_text_is_named():
     data = datasets.Dataset.from_dict({"text": ["goal", None]})
-    with pytest.raises(BadRow, match="row 1, field 'text': got NoneType, expected text"):
+    with pytest.raises(BadRow, match="row 1, field 'text': got an empty cell, expected a value"):
         Rows(data, WordCountColumn("text", TopicVAEVectorizer(["game", "goal"])), name="news")

@@ -289,7 +289,7 @@ def is_text(value: Any) -> bool:
 def check_text(value: Any) -> None:
     """Refuse what is not text with a ValueError of the form "got ..., expected ..."."""
     if not isinstance(value, str):
-        raise ValueError(f"got {type(value).__name__}, expected text")
+        raise ValueError(f"got {'an empty cell' if value is None else type(value).__name__}, expected text")
     try:
         value.isascii() or value.encode()
     except UnicodeEncodeError as error:

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from mmvae.data.columns import Column
+from mmvae.data.selection import selected
 
 CHUNK = 250
 
 
 def not_null(dataset: Any, columns: Sequence[str]) -> Tensor:
-    """(N,M) bool: where columns are not null, without decoding or converting any value; generated rows lack nothing."""
+    """(N,M) bool: where columns are not null, without reading any value; generated rows lack nothing."""
     if not columns or not isinstance(dataset, datasets.Dataset):
         return torch.ones(len(dataset), len(columns), dtype=torch.bool)
-    table = dataset.with_format("arrow")
-    chunks = (table[start : start + CHUNK] for start in range(0, len(dataset), CHUNK))
-    found = [np.stack([chunk[name].is_valid().to_numpy() for name in columns], 1) for chunk in chunks]
-    return torch.from_numpy(np.concatenate(found))
+    found = np.stack([dataset.data.column(name).is_valid().to_numpy() for name in columns], 1)
+    rows = selected(dataset)
+    return torch.from_numpy(found if rows is None else found[rows])
 
 
 def prepare_good(column: Column, values: Sequence[Any], here: Tensor) -> list[np.ndarray]:

@@ -47,9 +47,9 @@ class Rows:
         memory_limit: bytes that prepared pictures may take; 0 decodes them whenever a batch asks.
         drop: how often a modality is hidden on purpose, by name; see `mmvae.data.missing.hide`.
         drop_seed: decides in which rows.
-        on_bad_row: what is done with a row that cannot be used: "error"; "skip_empty", which leaves out rows that have no modality at all;
-            or "skip", which leaves out every bad one and decodes all pictures once beforehand, of a stream in every epoch, to find them:
-            one that is lost after that is an error.
+        on_bad_row: what is done with a row that cannot be used: "error"; "skip_empty", which leaves out rows that have no modality at all:
+            of one modality, those whose cell is empty; or "skip", which leaves out every bad one and decodes all pictures once
+            beforehand, of a stream in every epoch, to find them: one that is lost after that is an error.
         complete: keep only rows that have every modality, after hiding; the others are not counted as skipped.
         most_bad: share of bad rows beyond which a stream stops; looked at every 1,000 rows and at its end.
         num_workers: processes that decode pictures: here, once, those that fit in memory, and others for the batches of a `Loader`.
@@ -114,7 +114,7 @@ class Rows:
         rows = torch.arange(len(self._dataset))
         if not len(rows):
             raise ValueError(f"{self.name} has no rows, expected at least 1")
-        self._present, keep = self._select(not_null(self._dataset, self._modality_columns()), rows)
+        self._present, keep = self._select(not_null(self._dataset, self._sources()), rows)
         self._memory = self._prepare_all(memory_limit)
         keep[list(self.bad)] = False
         self._tell_skipped(len(rows))
@@ -132,22 +132,25 @@ class Rows:
         ragged = [lengths * self._has(column, self._present) for column, lengths in ragged.items() if column.bucketed]
         self.lengths = torch.stack(ragged).sum(0)[keep] if ragged else None
 
-    def _modality_columns(self) -> list[str]:
-        return [column.name for column in self.columns if column.modality]
+    def _sources(self) -> list[str]:
+        """The columns of which a row must have one: the modalities; where no column is one, those of the model's own inputs."""
+        return [column.name for column in self.columns if column.modality or (column.input_names and not self.modalities)]
 
     def _has(self, column: Column, present: Tensor) -> Tensor:
         """(B,) bool: whether a row has the column; one that is no modality is in every row that is kept."""
         if column.modality:
             return present[:, self.modalities.index(column.modality)]
-        return present.any(1) if self.modalities else torch.ones(len(present), dtype=torch.bool)
+        return present.any(1) if self._sources() else torch.ones(len(present), dtype=torch.bool)
 
     def _select(self, found: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What is present (B,M) after hiding, of some rows and of what is found in them, and which of them are kept (B,)."""
-        if not self.modalities:
+        if not (names := ", ".join(self._sources())):
             return found, torch.ones(len(rows), dtype=torch.bool)
+        alone = f", field {names!r}: got an empty cell, expected a value"
+        why = f": got no modality, expected one of {names}" if self.modalities else alone
         keep = found.any(1)
         for row in rows[~keep].tolist():
-            self._refuse(row, f": got no modality, expected one of {', '.join(self._modality_columns())}", ("skip", "skip_empty"))
+            self._refuse(row, why, ("skip", "skip_empty"))
         present = hide(found, rows, self.modalities, self._drop, self._drop_seed)
         keep = present.all(1) if self._complete else keep
         return present & keep.unsqueeze(1), keep  # what is not kept is not decoded either
@@ -156,7 +159,7 @@ class Rows:
         """Tell what is wrong with a row, or, where that leaves rows out, remember it."""
         told = f"{place(self._dataset, self.name, row)}{why}"
         if self.on_bad_row not in spared_by:
-            raise BadRow(f"{told} (or set on_bad_row='skip_empty')" if "skip_empty" in spared_by else told) from cause
+            raise BadRow(f"{told} (or set on_bad_row, --on_bad_row, to skip_empty)" if "skip_empty" in spared_by else told) from cause
         self.bad.setdefault(row, told)
 
     def _tell_skipped(self, rows: int | None) -> None:
@@ -234,7 +237,7 @@ class Rows:
 
     def _found(self, values: Mapping[str, Sequence[Any]] | None, size: int) -> Tensor:
         """(B,M) bool: which modalities raw values hold."""
-        found = [[value is not None for value in values[name]] for name in self._modality_columns()]
+        found = [[value is not None for value in values[name]] for name in self._sources()]
         return torch.tensor(found, dtype=torch.bool).reshape(-1, size).T
 
     def _prepare(
@@ -315,11 +318,7 @@ class Rows:
 
     def _fingerprint(self) -> str:
         """Of all that is prepared, and of the files where decoding is left to the batches."""
-        digest = hashlib.sha256(
-            repr(
-                [column.settings() for column in self.columns] + [self.num_rows, *(self.bad if self.on_bad_row == "skip" else ())]
-            ).encode()
-        )
+        digest = hashlib.sha256(repr([column.settings() for column in self.columns] + [self.num_rows, *self.bad]).encode())
         if self.modalities:
             seed = self._drop_seed if self._drop else None
             digest.update(repr((self.modalities, sorted(self._drop.items()), seed, self._complete)).encode())

@@ -18,7 +18,7 @@ def texts_of(
         column: the data set's column.
         name: what the data set is called in errors.
         missing: whether rows may lack the text; they are passed over.
-        on_bad_row: "skip" passes over every bad row.
+        on_bad_row: "skip_empty" passes over rows that lack the text, too, and "skip" over every bad one.
         reserved: words that no text may hold, those of the tokenizer that the texts are to train.
 
     Returns:
@@ -29,7 +29,7 @@ def texts_of(
     """
     rows = rows.select_columns([column])
     for number, row in enumerate(rows):
-        if missing and row[column] is None:
+        if row[column] is None and (missing or on_bad_row == "skip_empty"):
             continue
         try:
             check_text(row[column])
