@@ -108,15 +108,15 @@ def make_loaders(accelerator: Accelerator, args: RunArguments, rows: Mapping[str
     Bad rows that were left out are listed in ``bad_rows.txt`` of the output folder, but for those that a stream meets later.
 
     Raises:
-        BadRow: there are more of them in a split than ``most_bad_rows`` allows.
+        BadRow: there are more of them in a split than ``most_bad_rows`` allows; one in a split is always allowed.
     """
     told = [f"{split}: {why}\n" for split, part in rows.items() for _, why in sorted(part.bad.items())]
     if told and args.on_bad_row == "skip" and accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         Path(args.output_dir, "bad_rows.txt").write_text("".join(told), encoding="utf-8")
     for split, part in rows.items() if args.on_bad_row == "skip" else ():
-        if part.num_rows and len(part.bad) > args.most_bad_rows * (part.num_rows + len(part.bad)):
-            expected = f"expected at most {args.most_bad_rows:.1%} (most_bad_rows); the first: {next(iter(part.bad.values()))}"
+        if part.num_rows and len(part.bad) > max(1, args.most_bad_rows * (part.num_rows + len(part.bad))):
+            expected = f"expected at most {args.most_bad_rows:.1%} (--most_bad_rows); the first: {next(iter(part.bad.values()))}"
             raise BadRow(f"{args.dataset}, {split}: got {len(part.bad)} bad rows beside {part.num_rows} good ones, {expected}")
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     return {split: Loader(part, args.batch_size, shuffle=split == "train", seed=args.seed, **place) for split, part in rows.items()}

@@ -34,7 +34,7 @@ class RunArguments:
     max_length: int = field(default=512, metadata={"help": "most tokens in a row, BOS and EOS included"})
     truncate: bool = field(default=False, metadata={"help": "cut longer rows instead of refusing them"})
     on_bad_row: str = field(default="skip_empty", metadata={"help": "error, skip_empty: leave out rows without any modality, or skip"})
-    most_bad_rows: float = field(default=0.01, metadata={"help": "share of bad rows beyond which a run with --on_bad_row skip stops"})
+    most_bad_rows: float = field(default=0.01, metadata={"help": "share of bad rows, more than one, beyond which --on_bad_row skip stops"})
     num_workers: int = field(default=0, metadata={"help": "processes that decode pictures, once where they fit in memory"})
     seed: int = 0
     batch_size: int = field(default=128, metadata={"help": "rows of one optimizer step over all processes and accumulation steps"})

@@ -101,15 +101,18 @@ def test_reserved_words_are_told_by_row_before_there_is_a_tokenizer_and_are_left
 
 
 def test_too_many_bad_rows_stop_a_run_and_are_listed(tmp_path):
-    data = datasets.Dataset.from_dict({"text": ["w1", None, "w1", "w1"]})
-    rows = {"train": Rows(data, TextColumn("text", tokenizer("w1")), name="mine", on_bad_row="skip")}
+    column, few, texts = TextColumn("text", tokenizer("w1")), {"name": "mine", "on_bad_row": "skip"}, ["w1", None, None, "w1"]
+    rows = {"train": Rows(datasets.Dataset.from_dict({"text": texts}), column, **few)}
     accelerator = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1)
     args = {"on_bad_row": "skip", "output_dir": str(tmp_path), "dataset": "mine", "batch_size": 2, "seed": 0, "num_workers": 0}
-    with pytest.raises(BadRow, match=r"mine, train: got 1 bad rows beside 3 good ones, expected at most 1.0% .* mine: row 1, field 'text'"):
+    with pytest.raises(BadRow, match=r"mine, train: got 2 bad rows beside 2 good ones, expected .* 1.0% \(--most_bad_rows\); .* row 1"):
         make_loaders(accelerator, SimpleNamespace(**args, most_bad_rows=0.01), rows)
-    assert (tmp_path / "bad_rows.txt").read_text() == "train: mine: row 1, field 'text': got an empty cell, expected a value\n"
-    loaders = make_loaders(accelerator, SimpleNamespace(**args, most_bad_rows=0.25), rows)
-    assert isinstance(loaders["train"], Loader) and loaders["train"].num_rows == 3
+    told = [f"train: mine: row {row}, field 'text': got an empty cell, expected a value\n" for row in (1, 2)]
+    assert (tmp_path / "bad_rows.txt").read_text() == "".join(told)
+    loaders = make_loaders(accelerator, SimpleNamespace(**args, most_bad_rows=0.5), rows)
+    assert isinstance(loaders["train"], Loader) and loaders["train"].num_rows == 2
+    rows = {"train": Rows(datasets.Dataset.from_dict({"text": texts[:2]}), column, **few)}
+    assert make_loaders(accelerator, SimpleNamespace(**args, most_bad_rows=0.01), rows)["train"].num_rows == 1, "one is always allowed"
 
 
 def test_data_that_changed_has_another_fingerprint():
@@ -238,14 +241,14 @@ def test_every_problem_is_listed_where_no_row_is_good(tmp_path, capsys, monkeypa
 
 
 def test_a_stream_with_too_many_bad_rows_stops():
-    data = datasets.Dataset.from_dict({"text": ["w1", None, "w1", "w1"]}).to_iterable_dataset()
-    for most_bad in (0.01, 0.25):
+    for texts, most_bad in ((["w1", None, None, "w1"], 0.01), (["w1", None, None, "w1"], 0.5), (["w1", None, "w1"], 0.01)):
+        data = datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()
         rows = Rows(data, TextColumn("text", tokenizer("w1")), name="mine", on_bad_row="skip", most_bad=most_bad)
-        if most_bad == 0.25:
-            assert len(list(Loader(rows, 2).batches(0))) == 2
+        if texts.count(None) == 1 or most_bad == 0.5:
+            assert len(list(Loader(rows, 2).batches(0))) == 1
             continue
         with pytest.raises(
-            BadRow, match=r"mine: got 1 bad rows of the first 4 of a stream, expected at most 1.0% .* row 1 of the stream, field"
+            BadRow, match=r"mine: got 2 bad rows of the first 4 of a stream, expected at most 1.0% .* row 1 of the stream, field"
         ):
             list(Loader(rows, 2).batches(0))
 

@@ -51,7 +51,7 @@ class Rows:
             of one modality, those whose cell is empty; or "skip", which leaves out every bad one and decodes all pictures once
             beforehand, of a stream in every epoch, to find them: one that is lost after that is an error.
         complete: keep only rows that have every modality, after hiding; the others are not counted as skipped.
-        most_bad: share of bad rows beyond which a stream stops; looked at every 1,000 rows and at its end.
+        most_bad: share of bad rows beyond which a stream stops, unless it is one row; looked at every 1,000 rows and at its end.
         num_workers: processes that decode pictures: here, once, those that fit in memory, and others for the batches of a `Loader`.
 
     Attributes: ``on_bad_row``; ``bad``, what is wrong with the rows left out, by their numbers; of a stream those met so far.
@@ -231,9 +231,9 @@ class Rows:
         self._check_share(number + 1)
 
     def _check_share(self, rows: int) -> None:
-        if len(self.bad) > self._most_bad * rows:
+        if len(self.bad) > max(1, self._most_bad * rows):
             got = f"{called(self._dataset, self.name)}: got {len(self.bad)} bad rows of the first {rows} of a stream"
-            raise BadRow(f"{got}, expected at most {self._most_bad:.1%} (most_bad_rows); the first: {next(iter(self.bad.values()))}")
+            raise BadRow(f"{got}, expected at most {self._most_bad:.1%} (--most_bad_rows); the first: {next(iter(self.bad.values()))}")
 
     def _found(self, values: Mapping[str, Sequence[Any]] | None, size: int) -> Tensor:
         """(B,M) bool: which modalities raw values hold."""
