@@ -444,6 +444,9 @@ def test_wrong_inputs_are_named():
             call(**inputs | {"pixel_values": inputs["pixel_values"][:2]})
     with pytest.raises(ValueError, match=r"target: received 'audio', expected one of \['image', 'text'\]"):
         model.generate("audio", **inputs)
+    for mask in ("present", "visible"):
+        with pytest.raises(ValueError, match=f"{mask}: received without any input, expected the inputs that it is about"):
+            model.generate("image", **{mask: PRESENT})
     with pytest.raises(TypeError, match="generate: received 'max_tokens'"):
         model.generate("image", **inputs, max_tokens=3)
 

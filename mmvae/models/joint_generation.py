@@ -49,7 +49,7 @@ class JointGeneration(VAE):
             (B * num_samples, ...): pixels, token ids, or whatever the target renders; by name where several were asked for.
 
         Raises:
-            ValueError: for a target that the model has not.
+            ValueError: for a target that the model has not, and for ``present`` or ``visible`` without any input.
             TypeError: for an option that no target takes.
         """
         names = [target] if isinstance(target, str) else list(target)
@@ -59,6 +59,8 @@ class JointGeneration(VAE):
         vaes = {name: self._modality(name) for name in names}
         conditions = {name: {k: v for k, v in own[name].items() if k in vae.condition_names} for name, vae in vaes.items()}
         encoded = {f"{name}_{k}": v for name, vae in self.vaes.items() for k, v in own[name].items() if k in vae.input_names}
+        if masks and not encoded:
+            raise ValueError(f"{', '.join(masks)}: received without any input, expected the inputs that it is about")
         accepted = {name: self._accepted(name, options) for name in names}
         for option in options.keys() - {option for taken in accepted.values() for option in taken}:
             raise TypeError(f"generate: received {option!r}, expected an input of {list(self.vaes)} or an option of {names}")
