@@ -42,6 +42,7 @@ _KINDS = {
     "feature_extractor": (SequenceFeatureExtractor, AutoFeatureExtractor, "preprocessor_config.json"),
 }
 _ABSENT = {"image_processor": Image.new("L", (1, 1)), "feature_extractor": np.zeros(1, np.float32)}
+_OF_TEXTS = ("input_ids", "attention_mask")  # all that a model reads of what a tokenizer gives
 ENDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -113,6 +114,9 @@ class MMVAEProcessor(ProcessorMixin):
     def _names(self) -> dict[str, dict[str, str]]:
         """By modality: the name of an input in the batch by what the part calls it."""
         names = {modality: part.model_input_names for modality, part in self.parts.items()}
+        for modality, kind in self.kinds.items():
+            if kind == "tokenizer":
+                names[modality] = [name for name in _OF_TEXTS if name in names[modality]]
         before = prefixes(names)
         return {modality: {name: input_name(before[modality], name) for name in own} for modality, own in names.items()}
 
@@ -164,7 +168,7 @@ class MMVAEProcessor(ProcessorMixin):
             inputs = self.parts[name](values, **options[kind], return_tensors=return_tensors)
             names = self._names()[name]
             batch |= {names[key]: value for key, value in inputs.items() if key in names}
-            sizes[name] = len(inputs[self.parts[name].model_input_names[0]])
+            sizes[name] = len(inputs[next(iter(names))])
         if len(set(sizes.values())) > 1:
             raise ValueError(f"got different numbers of rows, {sizes}, expected the same")
         if any(value is None for values in rows.values() for value in values or ()):

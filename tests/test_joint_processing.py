@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer, Wav2Vec2FeatureExtractor
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor
 
 from mmvae import ImageVAEConfig, ImageVAEImageProcessor, MMVAEConfig, MMVAEProcessor, TextVAE, TextVAEConfig, TopicVAE, TopicVAEConfig
 from mmvae.data import ImageColumn, Loader, Rows, TextColumn, as_modalities
@@ -98,6 +98,15 @@ def test_two_text_modalities():
         processor.batch_decode(batch["de_input_ids"])
     with pytest.raises(ValueError, match=r"images: .* none of \['en', 'de'\] has one"):
         processor(images=[RED])
+
+
+def test_of_a_tokenizer_the_model_gets_what_it_reads():
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    more = PreTrainedTokenizerFast(tokenizer_object=ENGLISH.backend_tokenizer, model_input_names=names, **ENGLISH.special_tokens_map)
+    assert "token_type_ids" in more("a heart")
+    processor, given = MMVAEProcessor({"en": more, "de": GERMAN}), {"en": ["a heart", None], "de": ["ein Herz", "Herz"]}
+    assert same(processor(**given), languages()(**given))
+    assert processor.model_input_names == languages().model_input_names
 
 
 def test_documents_of_topics_beside_sentences(tmp_path):
