@@ -65,6 +65,15 @@ def check_facts(what: str, facts: Mapping[str, tuple[Any, Any]]) -> None:
             raise ValueError(f"{what}: got {field} {got}, expected the model's, {expected}")
 
 
+def _listed(values: Any, kind: str) -> Any:
+    """The values of some rows as a list, None where one is missing; what is one value, or pictures in one array, as it is."""
+    one = (str, bytes, Mapping, Image.Image, os.PathLike, *((Tensor, np.ndarray) if kind == "image_processor" else ()))
+    if isinstance(values, one) or not hasattr(values, "__len__"):
+        return values
+    nulls = values.isna() if hasattr(values, "isna") else [value is None for value in values]  # of pandas NaN and NA, too
+    return [None if null else value for value, null in zip(values, nulls, strict=True)]
+
+
 class MMVAEProcessor(ProcessorMixin):
     """The processors of a joint model's modalities, by name, in the order of the columns of ``present``.
 
@@ -136,7 +145,8 @@ class MMVAEProcessor(ProcessorMixin):
         """Inputs of the model from pictures and sentences, one kind alone or several.
 
         Arguments:
-            images: a picture or a list of B of them, for the only image modality. In a list ``None`` is a row without one.
+            images: a picture or a list of B of them, for the only image modality. In a list ``None`` is a row without one. A column of a
+                data set or of a data frame, and an array of sentences, is as good as a list.
             text: a sentence or a list of B of them, for the only text modality, in the same way.
             return_tensors: as for every processor.
             padding, truncation, max_length: of every tokenizer; ``padding`` of every feature extractor, too.
@@ -189,7 +199,7 @@ class MMVAEProcessor(ProcessorMixin):
                 raise ValueError(
                     f"got the modality {name!r}, expected one of {list(self.parts)}; the nearest is {nearest(name, self.parts)!r}"
                 )
-        given = {name: given[name] for name in self.parts if given.get(name) is not None}
+        given = {name: _listed(given[name], self.kinds[name]) for name in self.parts if given.get(name) is not None}
         if not given:
             raise ValueError(f"got no input, expected images, text or one of {list(self.parts)}")
         if empty := [name for name, values in given.items() if isinstance(values, list | tuple) and not values]:

@@ -73,6 +73,18 @@ def test_none_in_a_list_is_a_missing_modality():
     assert processor(text=["a", ""], images=[None, RED])["present"].tolist() == [[False, True], [True, True]], "an empty text is a text"
 
 
+def test_columns_of_data_sets_and_data_frames_are_lists():
+    processor, texts = pair(), ["a big red heart", None, "a heart"]
+    pictures = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    data = datasets.Dataset.from_dict({"image": [RED, RED, None], "text": texts}, features=pictures)
+    expected = processor(images=data["image"][:], text=texts)
+    assert expected["present"].tolist() == [[True, True], [True, False], [False, True]]
+    assert same(processor(images=data["image"], text=data["text"]), expected)
+    for column in (np.array(texts, object), data.to_pandas()["text"], data.to_pandas()["text"].astype("string")):
+        assert same(processor(images=data["image"][:], text=column), expected)
+    assert same(processor(text=np.array(["a heart", "a red"])), processor(text=["a heart", "a red"]))
+
+
 def test_rows_and_the_processor_agree():
     data = [{"image": RED, "text": None}, {"image": None, "text": "a big heart"}]
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
