@@ -290,6 +290,16 @@ def test_columns_are_guessed_or_listed():
         find_column(two, "text", "fr")
     with pytest.raises(ValueError, match="kind must be one of image, text, label"):
         find_column(two, "sound")
+    nested = datasets.Dataset.from_dict({"captions": [["a", "b"]], "meta": [{"de": "c"}], "n": [1]})
+    told = r"n \(int64\); flatten nested columns first: captions, meta$"
+    for name, found in ((None, "found no text column; name one of: "), ("captions", "no plain column 'captions', expected one of: ")):
+        with pytest.raises(ValueError, match=f"^{found}{told}"):
+            find_column(nested, "text", name)
+    with pytest.raises(ValueError, match=f"^no column 'meta.de', expected one of: {told}"):
+        find_column(nested, "text", "meta.de")
+    with pytest.raises(ValueError, match="name one of: none; flatten nested columns first: captions, meta$"):
+        find_column(nested.remove_columns("n"), "text")
+    assert find_column(nested, "image", "captions") == "captions", "pixels are lists, too"
     assert find_column(two, "text", "de") == "de" and find_column(two.select_columns(["de", "n"]), "text") == "de"
     assert find_column(datasets.Dataset.from_dict({"note": ["a"], "caption": ["b"]}), "text") == "caption"
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"title": "a", "pixels": Image.new("L", (2, 2))}]))

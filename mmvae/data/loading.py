@@ -46,17 +46,14 @@ _BUILDERS = {
     ".txt": "text",
     ".text": "text",
 }
-_ALIASES = {
-    "validation": ("validation", "valid", "val", "dev"),
-    "train": ("train", "training"),
-    "test": ("test", "testing"),
-}
+_ALIASES = {"validation": ("validation", "valid", "val", "dev"), "train": ("train", "training"), "test": ("test", "testing")}
 _COMMON = {
     "image": ("image", "img", "picture", "pixel_values"),
     "text": ("text", "caption", "sentence", "content", "question", "document"),
     "label": ("label", "labels", "class", "category", "fine_label"),
 }
 _WORDS = {"keep_default_na": False, "na_values": [""]}  # of a csv file: "NA", "None" and "null" are words, an empty cell is missing
+_NESTED = (dict, list, datasets.List, datasets.LargeList)
 _SPLITS = ("train", "validation", "test")
 _HELD_OUT = 0x68656C64
 _FIRST_HELD_OUT = 26  # the smallest row number that the rule of `splits` holds out
@@ -248,7 +245,7 @@ def find_column(rows: Any, kind: str, name: str | None = None) -> str:
     Arguments:
         rows: what `load_rows` gives.
         kind: "image", "text" or "label".
-        name: the user's choice, which only has to exist.
+        name: the user's choice, which only has to exist, and to be no list or mapping where it is not of pictures.
 
     Returns:
         ``name``; else the only column of that kind; else the one with a common name (text, caption, ...).
@@ -257,12 +254,14 @@ def find_column(rows: Any, kind: str, name: str | None = None) -> str:
         ValueError: the column does not exist, or none or several fit. The message lists the columns.
     """
     features = features_of(rows)
-    listed = ", ".join(f"{column} ({_describe(feature)})" for column, feature in features.items())
+    nested = [column for column, feature in features.items() if kind != "image" and isinstance(feature, _NESTED)]
+    listed = ", ".join(f"{column} ({_describe(feature)})" for column, feature in features.items() if column not in nested) or "none"
+    listed += f"; flatten nested columns first: {', '.join(nested)}" if nested else ""
     if kind not in _COMMON:
         raise ValueError(f"kind must be one of {', '.join(_COMMON)}, got {kind!r}")
     if name is not None:
-        if name not in features:
-            raise ValueError(f"no column {name!r}, expected one of: {listed}")
+        if name not in features or name in nested:
+            raise ValueError(f"no {'plain ' * (name in nested)}column {name!r}, expected one of: {listed}")
         return name
     fitting = [column for column, feature in features.items() if _fits(feature, kind)]
     common = [column for column in _COMMON[kind] if column in (fitting or features)]
