@@ -7,6 +7,7 @@ Shapes: ``B`` batch, ``C`` channels, ``H, W`` height and width, ``T`` tokens.
 """
 
 import logging
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -81,8 +82,8 @@ class _Pixels:
         """Open what is named by a path or an address; leave images as they are."""
         from mmvae.data.images import open_image
 
-        if isinstance(image_url_or_urls, str):
-            return open_image({"bytes": None, "path": image_url_or_urls}, paths=True)
+        if isinstance(image_url_or_urls, str | os.PathLike):
+            return open_image({"bytes": None, "path": os.fspath(image_url_or_urls)}, paths=True)
         return super().fetch_images(image_url_or_urls)
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:

@@ -168,7 +168,8 @@ def test_other_ways_to_resize(backend):
 def test_paths_are_read_by_the_same_rules(tmp_path):
     image = Image.new("RGBA", (28, 28), (255, 0, 0, 0))
     image.save(tmp_path / "clear.png")
-    assert torch.equal(pixel_values(str(tmp_path / "clear.png")), pixel_values(image))
+    for path in (str(tmp_path / "clear.png"), tmp_path / "clear.png", [tmp_path / "clear.png"]):
+        assert torch.equal(pixel_values(path), pixel_values(image))
 
 
 def test_bytes_stay_bytes_without_rescale():
