@@ -151,9 +151,9 @@ class _Pixels:
 class ImageVAEImageProcessor(_Pixels, TorchvisionBackend):
     """Images of any kind to ``pixel_values`` in [0, 1], the range of every likelihood: 8-bit pixels, resized, divided by 255.
 
-    The rules for pixels are those of ``mmvae.data.images``: every mode of Pillow, paths, arrays and tensors (integers in 0..255, uint16
-    in 0..65535 or floats in [0, 1], which are rounded to 8 bits), with or without a channel axis. With ``do_rescale=False`` pixels stay
-    uint8, which the models accept too.
+    The rules for pixels are those of ``mmvae.data.images``: pictures of Pillow in every mode, paths of JPEG, PNG and WEBP files, arrays and
+    tensors (integers in 0..255, uint16 in 0..65535 or floats in [0, 1], which are rounded to 8 bits), with or without a channel axis. With
+    ``do_rescale=False`` pixels stay uint8, which the models accept too.
 
     Arguments:
         size: ``{"height": int, "width": int}`` of the output, or ``{"shortest_edge": int}`` together with ``do_center_crop``.

@@ -14,7 +14,7 @@ What each mode of a file becomes (``C`` = 1, 3 or 4 channels asked for; ``bg`` =
 | other arrays of whole numbers             | as they are; outside 0...255 is refused                                   |
 | ``F``, float arrays                       | round(255 x) for x in [0, 1]; NaN, infinities and other values are refused |
 | EXIF orientation 1-8                      | turned upright first                                                      |
-| animated                                  | the first frame                                                           |
+| animated                                  | the first frame; of GIF files only where ``formats`` names them            |
 
 Colour to grey uses ITU-R 601 luma, grey to colour repeats the channel, and C = 4 of an opaque picture has alpha 255.
 Pillow itself reads 16-bit *colour* PNG files with 8 bits per channel; that is kept.
@@ -38,6 +38,7 @@ from torchvision.transforms.v2 import functional as tv
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 RESIZES = ("crop", "pad", "stretch", "refuse")
+_OTHERS = {b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}  # encodings that `formats` can name, by how files begin
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _EXIF_ORIENTATION = 0x0112
 _MOST_RESIZED = 32_000_000
@@ -73,20 +74,25 @@ def open_image(
 
 def _decode(value: Mapping[str, Any] | bytes, formats: Sequence[str], max_pixels: int, paths: bool) -> Image.Image:
     data, path = (value, None) if isinstance(value, bytes) else (value.get("bytes"), value.get("path"))
+    head = b""
     if data is None and path is None:
         raise ValueError("got neither bytes nor a path, expected a picture")
     if data is None and not paths:
         raise ValueError(f"got the path {path!r}, expected bytes: paths are followed only where the data set declares an Image feature")
     try:
         with io.BytesIO(data) if data is not None else _open(path) as file:
+            head = file.read(16)
+            file.seek(0)
             image = Image.open(file, formats=formats)
             _check_size(image, max_pixels)
             image.load()
             return _upright(image)
     except Exception as error:  # decoders raise nearly any exception on damaged files
-        size = "" if data is None else f" ({len(data)} bytes)"
+        size, why, hint = "" if data is None else f" ({len(data)} bytes)", error, ""
+        if (kind := next((kind for start, kind in _OTHERS.items() if head.startswith(start)), None)) and kind not in formats:
+            why, hint = f"it is a {kind}", f": convert it, to PNG for example, or name {kind} in ImageColumn(formats=...)"
         raise ValueError(
-            f"got {path or 'a picture'}{size} that cannot be decoded ({error}), expected one of {', '.join(formats)}"
+            f"got {path or 'a picture'}{size} that cannot be decoded ({why}), expected one of {', '.join(formats)}{hint}"
         ) from error
 
 
