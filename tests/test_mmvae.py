@@ -475,6 +475,17 @@ def test_a_row_with_nothing_gets_the_prior_that_there_is():
         model.log_conditional("text", pixel_values=inputs["pixel_values"])
 
 
+def test_words_are_added_to_a_text_of_the_model(tmp_path):
+    model = joint()
+    for ask in (model.get_input_embeddings, lambda: model.resize_token_embeddings(40)):
+        with pytest.raises(NotImplementedError, match=r"expected that of a text: model.vaes\[NAME\], NAME one of \['image', 'text'\]"):
+            ask()
+    size = len(model.vaes["text"].get_input_embeddings().weight) + 3
+    model.vaes["text"].resize_token_embeddings(size)
+    model.save_pretrained(tmp_path)
+    assert MMVAE.from_pretrained(tmp_path).config.modalities["text"].vocab_size == size
+
+
 def test_likelihood_weights_change_the_loss_and_no_figure():
     plain, heavy = joint(), joint(likelihood_weights={"text": 10.0})
     out, other = plain(**batch()), heavy(**batch())

@@ -75,6 +75,11 @@ class JointGeneration(VAE):
                 made[name] = self.vaes[name].render(z if w is None else torch.cat([z, w], -1), **given, **accepted[name])
         return made[target] if isinstance(target, str) else made
 
+    def get_input_embeddings(self) -> Any:
+        """A joint model has none of its own: each of its texts has one, which :attr:`vaes` gives, and resizes."""
+        expected = f"that of a text: model.vaes[NAME], NAME one of {list(self.vaes)}"
+        raise NotImplementedError(f"received a {type(self).__name__}, which has no embedding of its own, expected {expected}")
+
     def source_of(self, name: str, q: Any) -> dict[str, Tensor]:
         """What a modality's decoder attends to, where it has a source: its states (B, L, F), 0 in rows where q saw the modality itself.
 
