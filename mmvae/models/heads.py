@@ -41,6 +41,7 @@ from mmvae.models.topic_vae import TopicVAE, TopicVAEConfig
 from mmvae.noise import fold, keyed_uniform
 from mmvae.objectives import OBJECTIVES, Objective
 
+_OPTIONS = ("alpha", "beta", "num_samples", "objective", "sample_posterior")  # of LatentClassifier.classify, beside the key
 _FEATURES = 0x66656174  # keeps the noise of what the head reads apart from that of the ELBO
 
 
@@ -102,6 +103,7 @@ class LatentClassifier(HeadedVAE):
         objective: Objective | None = None,
         noise_key: Tensor | None = None,
         sample_posterior: bool | None = None,
+        **kwargs: Any,
     ) -> ClassifierOutput:
         r"""Logits, and with labels the loss: the body of every classifier's ``forward``.
 
@@ -113,10 +115,12 @@ class LatentClassifier(HeadedVAE):
             beta, num_samples, objective: of the VAE's objective; see :meth:`mmvae.models.base.VAE.bound`.
             noise_key: (B,) int64 keys of all noise but dropout; torch's generator when None.
             sample_posterior: sample, or use the mean; None samples in training mode only.
+            kwargs: what transformers hands to every model and this one has no use for; any other name is a TypeError.
 
         Raises:
             ValueError: for labels that are not (B,) whole numbers; in the host's memory also for one that is no class.
         """
+        refuse_unknown(self, kwargs, _OPTIONS)
         alpha = self.config.classifier_alpha if alpha is None else alpha
         sampled = self.training if sample_posterior is None else sample_posterior
         q = self.base_model.posterior(**inputs)
@@ -162,26 +166,15 @@ class ImageVAEForImageClassification(LatentClassifier):
 
     @can_return_tuple
     def forward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        alpha: float | None = None,
-        beta: float = 1.0,
-        num_samples: int = 1,
-        objective: Objective | None = None,
-        noise_key: Tensor | None = None,
-        sample_posterior: bool | None = None,
-        **kwargs: Any,
+        self, pixel_values: Tensor, labels: Tensor | None = None, *, noise_key: Tensor | None = None, **options: Any
     ) -> ClassifierOutput:
         """Logits, and with labels the loss; see :meth:`LatentClassifier.classify`.
 
         Arguments:
             pixel_values: (B, C, H, W), uint8 or float in [0, 1].
-            kwargs: what transformers hands to every model and this one has no use for; any other name is a TypeError.
+            options: of :meth:`LatentClassifier.classify`.
         """
-        refuse_unknown(self, kwargs)
-        inputs = {"pixel_values": pixel_values}
-        return self.classify(inputs, labels, alpha, beta, num_samples, objective, noise_key, sample_posterior)
+        return self.classify({"pixel_values": pixel_values}, labels, noise_key=noise_key, **options)
 
 
 class TextVAEForSequenceClassification(LatentClassifier):
@@ -210,24 +203,19 @@ class TextVAEForSequenceClassification(LatentClassifier):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        alpha: float | None = None,
-        beta: float = 1.0,
-        num_samples: int = 1,
-        objective: Objective | None = None,
+        *,
         noise_key: Tensor | None = None,
-        sample_posterior: bool | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> ClassifierOutput:
         """Logits, and with labels the loss; see :meth:`LatentClassifier.classify`.
 
         Arguments:
             input_ids: (B, T) int64, BOS ... EOS, padded at either side.
             attention_mask: (B, T), 1 on real tokens; made from ``pad_token_id`` when None.
-            kwargs: what transformers hands to every model and this one has no use for; any other name is a TypeError.
+            options: of :meth:`LatentClassifier.classify`.
         """
-        refuse_unknown(self, kwargs)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.classify(inputs, labels, alpha, beta, num_samples, objective, noise_key, sample_posterior)
+        return self.classify(inputs, labels, noise_key=noise_key, **options)
 
 
 class TopicVAEForSequenceClassification(LatentClassifier):
@@ -248,25 +236,15 @@ class TopicVAEForSequenceClassification(LatentClassifier):
 
     @can_return_tuple
     def forward(
-        self,
-        word_counts: Tensor,
-        labels: Tensor | None = None,
-        alpha: float | None = None,
-        beta: float = 1.0,
-        num_samples: int = 1,
-        objective: Objective | None = None,
-        noise_key: Tensor | None = None,
-        sample_posterior: bool | None = None,
-        **kwargs: Any,
+        self, word_counts: Tensor, labels: Tensor | None = None, *, noise_key: Tensor | None = None, **options: Any
     ) -> ClassifierOutput:
         """Logits, and with labels the loss; see :meth:`LatentClassifier.classify`.
 
         Arguments:
             word_counts: (B, V) of any dtype, >= 0.
-            kwargs: what transformers hands to every model and this one has no use for; any other name is a TypeError.
+            options: of :meth:`LatentClassifier.classify`.
         """
-        refuse_unknown(self, kwargs)
-        return self.classify({"word_counts": word_counts}, labels, alpha, beta, num_samples, objective, noise_key, sample_posterior)
+        return self.classify({"word_counts": word_counts}, labels, noise_key=noise_key, **options)
 
 
 class MMVAEForClassification(LatentClassifier):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
-from transformers.utils.generic import can_return_tuple
 
 from mmvae.aggregation import Posterior
 from mmvae.direction import ProjectedNormal
@@ -24,10 +23,8 @@ from mmvae.likelihoods import Likelihood
 from mmvae.models.base import VAEOutput
 from mmvae.models.classes import ClassVAE
 from mmvae.models.image_configuration import ImageVAEConfig
-from mmvae.models.inherited import refuse_unknown
 from mmvae.models.tiling import TiledModel
 from mmvae.nn import ConvDecoder, ConvEncoder, fold_leading, linear
-from mmvae.objectives import Objective
 from mmvae.pose import POSES, Pose, jittered, lay
 
 _NARROW = -6.0  # log-variance of a pose at the beginning: 3 degrees
@@ -192,30 +189,18 @@ class ImageVAE(ClassVAE, TiledModel):
         """Pictures: the mean of p(x|z) or p(x|y, z), (B, C, H, W) float32 in [0, 1]."""
         return self.decode(z, class_labels).mean.float().clamp(0, 1)
 
-    @can_return_tuple
     def forward(
-        self,
-        pixel_values: Tensor,
-        beta: float = 1.0,
-        num_samples: int = 1,
-        objective: Objective | None = None,
-        noise_key: Tensor | None = None,
-        sample_posterior: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_loss: bool = True,
-        **kwargs: Any,
+        self, pixel_values: Tensor, beta: float = 1.0, *, noise_key: Tensor | None = None, return_loss: bool = True, **options: Any
     ) -> VAEOutput:
-        """Minus the objective, and what it is made of; see :meth:`VAE.bound` for the arguments.
+        """Minus the objective, and what it is made of; see :meth:`VAEModel.forward`.
 
         Arguments:
             pixel_values: (B, C, H, W), uint8 or float in [0, 1].
             return_loss: there for ``transformers.Trainer``; the loss is always returned.
-            kwargs: ``labels`` (B,) int64, -100 where unknown, of a model with classes (as an argument of its own it would keep ``Trainer``
-                from a loss without labels); what else transformers hands to every model; any other name is a TypeError.
+            options: of :meth:`VAE.bound`; of a model with classes also ``labels`` (B,) int64, -100 where unknown (as an argument of its own
+                it would keep ``Trainer`` from a loss without labels).
         """
-        refuse_unknown(self, kwargs)
-        inputs = {"pixel_values": pixel_values, "labels": kwargs.get("labels")}
-        return self.bound(inputs, beta, num_samples, objective, noise_key, sample_posterior, output_hidden_states)
+        return super().forward(beta=beta, pixel_values=pixel_values, noise_key=noise_key, **options)
 
     def log_px(self, z: Tensor, q: Posterior, pixel_values: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
         """log p(x|z), (S, K, B) nats; the prior, and so every bound, is about the configured size."""

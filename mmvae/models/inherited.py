@@ -80,5 +80,6 @@ def refuse_unknown(module: nn.Module, received: Mapping[str, Any], taken: Iterab
         TypeError: naming the argument and the parameter nearest to it.
     """
     for name in received.keys() - FOREIGN_ARGUMENTS - set(module.condition_names):
-        known = (inspect.signature(module.forward).parameters.keys() | {*module.input_names, *taken}) - {"kwargs"}
+        parameters = inspect.signature(module.forward).parameters.values()
+        known = {*module.input_names, *taken, *(each.name for each in parameters if each.kind is not each.VAR_KEYWORD)}
         raise TypeError(f"{type(module).__name__}.forward: unknown argument {name!r}; the nearest one is {nearest(name, known)!r}")

@@ -23,16 +23,13 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.utils.generic import can_return_tuple
 
 from mmvae.distributions import BagOfWords, DiagNormal
 from mmvae.metrics import relevant_words
 from mmvae.models.base import VAEOutput
 from mmvae.models.configuration import VAEConfig
-from mmvae.models.inherited import refuse_unknown
 from mmvae.models.unimodal import VAEModel
 from mmvae.nn import fold_leading
-from mmvae.objectives import Objective
 from mmvae.priors import LaplaceDirichlet, Prior
 
 
@@ -236,24 +233,14 @@ class TopicVAE(VAEModel):
         else:
             super()._init_weights(module)
 
-    @can_return_tuple
     def forward(
-        self,
-        word_counts: Tensor,
-        beta: float = 1.0,
-        num_samples: int = 1,
-        objective: Objective | None = None,
-        noise_key: Tensor | None = None,
-        sample_posterior: bool | None = None,
-        return_loss: bool = True,
-        **kwargs: Any,
+        self, word_counts: Tensor, beta: float = 1.0, *, noise_key: Tensor | None = None, return_loss: bool = True, **options: Any
     ) -> VAEOutput:
-        """Minus the objective, and what it is made of; see :meth:`VAE.bound`.
+        """Minus the objective, and what it is made of; see :meth:`VAEModel.forward`.
 
         Arguments:
             word_counts: (B, V) of any dtype, >= 0.
             return_loss: there for ``transformers.Trainer``; the loss is always returned.
-            kwargs: what transformers hands to every model and this one has no use for; any other name is a TypeError.
+            options: of :meth:`VAE.bound`.
         """
-        refuse_unknown(self, kwargs)
-        return self.bound({"word_counts": word_counts}, beta, num_samples, objective, noise_key, sample_posterior)
+        return super().forward(beta=beta, word_counts=word_counts, noise_key=noise_key, **options)
