@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -31,7 +30,7 @@ from mmvae.options import RunArguments, parse
 from mmvae.phases import begin, build_phases, check_objectives, check_reach, check_resets, part_of, phase_at
 from mmvae.processes import keep_memory
 from mmvae.processing import ImageVAEImageProcessor, load_tokenizer, train_tokenizer, vocabulary_size
-from mmvae.record import public, without_place
+from mmvae.record import public
 from mmvae.snapshot import check_whole
 from mmvae.training import Result, fit, load_weights
 
@@ -279,14 +278,6 @@ def _told(args: RunArguments) -> dict[str, Any]:
     return {name: value for name, value in asdict(args).items() if not name.startswith("hub_") and name not in _PLACES}
 
 
-def _without_place(word: str) -> str:
-    """A word of a command line; of an absolute path outside the working and the home directory, only the last part."""
-    option, equals, value = word.rpartition("=")
-    path = Path(value.rpartition(":")[2])
-    near = any(path.is_relative_to(folder) for folder in (Path.cwd(), Path.home()))
-    return word if not path.is_absolute() or near else option + equals + without_place(value)
-
-
 def finish(
     accelerator: Accelerator,
     args: RunArguments,
@@ -331,7 +322,7 @@ def finish(
         options = {"best_step": result.best_step or result.step, "parameters": model.num_parameters()} | _told(args)
         options |= {"mixed_precision": accelerator.mixed_precision}  # what "auto" became
         record = {"seconds": result.seconds, "dataset": args.dataset, "split": split, "hyperparameters": options}
-        write_metrics(folder, figures, **record, argv=[_without_place(word) for word in sys.argv])
+        write_metrics(folder, figures, **record)
         write_card(folder, repo_id=args.hub_model_id, sentences=sentences)
         if args.push_to_hub:
             print("pushed to", push(folder, args.hub_model_id, private=args.hub_private, token=args.hub_token))

@@ -56,7 +56,7 @@ def public(value: Any) -> Any:
 
 
 def command(argv: Sequence[str] | None = None) -> str:
-    """The command that is running, to be shown: without secrets such as ``--hub_token`` and without home directories.
+    """The command that is running, to be shown: without secrets such as ``--hub_token``, home directories and the places of other paths.
 
     Arguments:
         argv: script and options; by default ``sys.argv``.
@@ -73,9 +73,17 @@ def command(argv: Sequence[str] | None = None) -> str:
             if not equals and words and not words[0].startswith("-"):
                 words.pop(0)
             continue
-        shown.append(public(word))
+        shown.append(public(_without_far_place(word)))
     launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
     return f"{launcher} {shlex.join(shown)}"
+
+
+def _without_far_place(word: str) -> str:
+    """A word of a command line; of an absolute path outside the working and the home directory, only the last part."""
+    option, equals, value = word.rpartition("=")
+    path = Path(value.rpartition(":")[2])
+    near = any(path.is_relative_to(folder) for folder in (Path.cwd(), Path.home()))
+    return word if not path.is_absolute() or near else option + equals + without_place(value)
 
 
 def _commit() -> dict[str, Any]:

@@ -330,20 +330,8 @@ def test_a_stream_needs_a_number_of_steps(tmp_path):
         train(accelerator, args, model, loaders)
 
 
-def test_paths_of_this_machine_stay_out_of_the_record(monkeypatch, tmp_path):
-    from mmvae.experiment import _told, _without_place
+def test_paths_of_this_machine_stay_out_of_the_record():
+    from mmvae.experiment import _told
 
-    monkeypatch.chdir(tmp_path)
-    words = [
-        "/data/jane/ptb",
-        "--dataset=/data/jane/ptb",
-        str(tmp_path / "out"),
-        "user/name",
-        "--seed=1",
-        "a=b/c",
-        "words:/data/jane/mnist",
-    ]
-    told = [_without_place(word) for word in words]
-    assert told == ["ptb", "--dataset=ptb", str(tmp_path / "out"), "user/name", "--seed=1", "a=b/c", "words:mnist"]
     run = RunArguments(num_epochs=1, dataset="/data/jane/ptb", output_dir="/data/jane/run", resume="/data/jane/old/step-00000003")
     assert "jane" not in json.dumps(_told(run)) and _told(run)["num_epochs"] == 1

@@ -71,8 +71,9 @@ def test_metrics_tell_how_to_get_them_again(folder):
 
 
 def test_dataset_paths_are_not_told(tmp_path):
-    (tmp_path / "my_data").mkdir()
-    path = write_metrics(tmp_path / "out", {}, seconds=1, dataset=str(tmp_path / "my_data"), argv=["r.py"])
+    data = tmp_path / "my_data"
+    data.mkdir()
+    path = write_metrics(tmp_path / "out", {}, seconds=1, dataset=str(data), argv=["r.py", f"--dataset={data}"])
     assert json.loads(path.read_text())["dataset"] == "my_data"
     assert str(tmp_path) not in path.read_text()
 
@@ -86,9 +87,10 @@ def test_dataset_paths_are_not_told(tmp_path):
         (["r.py", "--note", "my hf_abcdefghijkl"], "r.py --note 'my ***'"),
         (["r.py", "--max_new_tokens", "4", "--tokenizer", "bpe"], "r.py --max_new_tokens 4 --tokenizer bpe"),
         ([str(Path.home() / "r.py"), str(Path.cwd() / "out")], "'~/r.py' ./out"),
+        (["/data/jane/r.py", "--data=/data/jane/ptb", "a/b", "c=a/b", "words:/data/jane/mnist"], "r.py --data=ptb a/b c=a/b words:mnist"),
     ],
 )
-def test_command_keeps_no_secret(argv, shown):
+def test_command_keeps_no_secret_and_no_place(argv, shown):
     assert command(argv).split(maxsplit=1)[1].removeprefix("launch ") == shown
 
 
