@@ -87,6 +87,15 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(config_class, name, 
         config_class.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("config_class", "name"), [(ImageVAEConfig, "image_config"), (TextVAEConfig, "text_config")])
+def test_a_configuration_inside_a_file_does_not_win_over_the_rest_of_it(config_class, name, tmp_path):
+    config_class().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: {"latent_dim": 5}}))
+    with pytest.raises(ValueError, match=f"unknown field '{name}'"):
+        config_class.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["temperature", "max_length", "top_k", "do_sample", "", "x" * 10_000, "../x"])
 def test_names_of_generation_are_not_dropped_silently(name):
     with pytest.raises(ValueError, match="unknown field"):

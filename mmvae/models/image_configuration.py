@@ -47,7 +47,6 @@ class ImageVAEConfig(ClassVAEConfig):
     """
 
     model_type = "image_vae"
-    base_config_key = "image_config"
 
     image_size: int | list[int] | tuple[int, ...] = 64
     num_channels: int = 3

@@ -62,7 +62,6 @@ class TextVAEConfig(ClassVAEConfig):
     """
 
     model_type = "text_vae"
-    base_config_key = "text_config"
 
     latent_dim: int = 32
     vocab_size: int = 10_000
