@@ -166,10 +166,6 @@ class VAE(VerifiedModel):
         """What the model maximises beside the objective, (S, K, B) nats of z (S, K, B, *event); None: nothing."""
         return None
 
-    def weighted(self, terms: Terms) -> Terms:
-        """The terms as the objective sees them; figures see the true ones."""
-        return terms
-
     def bound(
         self,
         inputs: dict[str, Tensor],
@@ -202,7 +198,7 @@ class VAE(VerifiedModel):
 
     def weigh(self, terms: Terms, beta: float, objective: Objective) -> VAEOutput:
         """What :meth:`bound` returns of terms, hidden states apart; a model that maximises more than the objective adds it here."""
-        loss_rows = -objective(self.weighted(terms), beta)
+        loss_rows = -objective(terms, beta)
         if terms.auxiliary is not None:
             loss_rows = loss_rows - terms.mean(terms.auxiliary)
         with torch.no_grad():

@@ -279,9 +279,9 @@ class MMVAE(JointGeneration):
             values[name] = log_prob
         return values
 
-    def weighted(self, terms: Terms) -> Terms:
-        """The terms with the configuration's likelihood weights."""
-        return replace(terms, scales=dict(self.config.likelihood_weights))
+    def weigh(self, terms: Terms, beta: float, objective: Objective) -> VAEOutput:
+        """With the configuration's likelihood weights, which no figure sees; see :meth:`VAE.weigh`."""
+        return super().weigh(replace(terms, scales=dict(self.config.likelihood_weights)), beta, objective)
 
     @can_return_tuple
     def forward(
