@@ -95,9 +95,6 @@ class VAE(VerifiedModel):
 
     config: VAEConfig
     base_model_prefix = "vae"
-    supports_gradient_checkpointing = False
-    accepts_loss_kwargs = False  # Trainer must divide by the accumulation steps itself
-    model_tags: ClassVar[list[str]] = ["mmvae", "vae"]
     input_names: ClassVar[tuple[str, ...]] = ()
     condition_names: ClassVar[tuple[str, ...]] = ()
     inference_modules: ClassVar[tuple[str, ...]] = ("encoder", "to_moments")

@@ -6,7 +6,7 @@ What ``transformers.Trainer`` predicts, and shows to ``compute_metrics``, is the
 """
 
 import logging
-from typing import ClassVar, Self
+from typing import Self
 
 from torch import nn
 
@@ -23,9 +23,6 @@ class HeadedVAE(VerifiedModel):
     """A VAE, ``base_model``, with a head; its author builds both and writes ``forward``."""
 
     config: VAEConfig
-    supports_gradient_checkpointing = False
-    accepts_loss_kwargs = False  # Trainer must divide by the accumulation steps itself
-    model_tags: ClassVar[list[str]] = ["mmvae", "vae"]
 
     def __init__(self, config: VAEConfig):
         super().__init__(config)

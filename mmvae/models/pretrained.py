@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import is_offline_mode, snapshot_download
@@ -41,6 +41,9 @@ class VerifiedModel(PreTrainedModel):
     """A model whose folder is verified before it is read; a VAE, or a VAE with a head."""
 
     config: VAEConfig
+    supports_gradient_checkpointing = False
+    accepts_loss_kwargs = False  # Trainer must divide by the accumulation steps itself
+    model_tags: ClassVar[list[str]] = ["mmvae", "vae"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
