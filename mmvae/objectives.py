@@ -86,10 +86,10 @@ def _log_w(terms: Terms, beta: float, detach_q: bool, looser: bool) -> Tensor:
     if looser and terms.components is not None and len(terms.components.batch_shape) > 2 and len(terms.z) > 1:
         raise ValueError(f"looser: received True with one component drawn for each of {len(terms.z)} samples, expected all (draw: 'all')")
     value = terms.likelihood() + beta * terms.log_ratio(detach_q)
-    return value if looser else value + terms.weights()
+    return value if looser else value + terms.log_pi()
 
 
-def log_weights(terms: Terms, beta: float = 1.0) -> Tensor:
+def log_importance(terms: Terms, beta: float = 1.0) -> Tensor:
     """log w of every sample, component weights included, (S K, B) nats; the log of their sum over S is the importance-weighted bound."""
     return _log_w(terms, beta, False, False).flatten(0, 1)
 

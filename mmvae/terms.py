@@ -51,13 +51,13 @@ class Terms:
     scales: dict[str, float] = field(default_factory=dict)
     auxiliary: Tensor | None = None
 
-    def weights(self) -> Tensor:
+    def log_pi(self) -> Tensor:
         """log of the weights of the components in z, (K, B)."""
         return self.q.mixture.log_weights if self.log_weights is None else self.log_weights
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over samples of the weighted sum over components, (S, K, B) to (B,), in which an absent one counts nothing."""
-        weights = self.weights().exp()
+        weights = self.log_pi().exp()
         return torch.where(weights > 0, weights * value, 0.0).sum(1).mean(0)
 
     def drawn_from(self) -> DiagNormal:
@@ -78,7 +78,7 @@ class Terms:
         if self.log_pk is None:
             return value - (self.q.mixture.detach() if detach_q else self.q.mixture).log_prob(self.z)
         q = self.drawn_from().detach() if detach_q else self.drawn_from()
-        return value - q.log_prob(self.z) + self.log_pk - present(self.weights())
+        return value - q.log_prob(self.z) + self.log_pk - present(self.log_pi())
 
     def own(self) -> "Terms":
         """The same, but each component scores only the modalities that it is made of, and pays for their private latents alone."""
@@ -148,7 +148,7 @@ def kl_to_prior(terms: Terms, floor: float | Mapping[str, float] = 0.0, per: str
     each = divergence == "components" or terms.log_pk is not None or terms.q.mixture.components.batch_shape[0] == 1
     q = terms.drawn_from() if each else terms.q.mixture
     floors = {group: nats for group, nats in (floor if isinstance(floor, Mapping) else {per: floor}).items() if nats}
-    here = terms.weights().exp()
+    here = terms.log_pi().exp()
     by_dimension = [group for group in floors if group not in ("row", "batch")]
     if isinstance(q, DiagNormal) and isinstance(terms.prior, DiagNormal):
         value = q.kl_per_dimension(terms.prior).flatten(-len(q.event_shape))
@@ -169,5 +169,5 @@ def kl_to_prior(terms: Terms, floor: float | Mapping[str, float] = 0.0, per: str
     for group in [group for group in floors if group not in by_dimension]:
         value = free_bits(value, floors[group], group, here)
     if terms.log_pk is not None:
-        value = value + present(terms.weights()) - terms.log_pk
+        value = value + present(terms.log_pi()) - terms.log_pk
     return value.expand(terms.z.shape[:3]) - sum(terms.private.values())

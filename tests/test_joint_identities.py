@@ -9,7 +9,7 @@ from linear_gaussian import JointLinearGaussian, sigma_points
 
 from mmvae.aggregation import mixture, moe, mopoe, poe
 from mmvae.distributions import DiagNormal, kl
-from mmvae.objectives import OBJECTIVES, capacity, dreg, elbo, iwae, jmvae, log_weights, mmvm, mvae, mvtcae
+from mmvae.objectives import OBJECTIVES, capacity, dreg, elbo, iwae, jmvae, log_importance, mmvm, mvae, mvtcae
 from mmvae.terms import Terms
 
 TWO, THREE = ("image", "text"), ("image", "text", "sound")
@@ -69,7 +69,7 @@ def test_with_the_exact_posterior_every_importance_weight_is_the_likelihood(name
     visible[:, 0] |= ~visible.any(1)
     t = terms_of(model, x, visible, exact_poe, torch.randn(samples, 1, 6, 3, dtype=torch.float64))
     exact = model.log_marginal(x, visible)
-    torch.testing.assert_close(log_weights(t), exact.expand(samples, 6))
+    torch.testing.assert_close(log_importance(t), exact.expand(samples, 6))
     for objective in (iwae, dreg, partial(iwae, looser=True), partial(dreg, looser=True)):
         torch.testing.assert_close(objective(t), exact)
 

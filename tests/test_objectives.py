@@ -10,7 +10,7 @@ from linear_gaussian import linear_gaussian
 
 from mmvae.aggregation import Posterior, alone
 from mmvae.distributions import DiagNormal, GaussianMixture, kl
-from mmvae.objectives import OBJECTIVES, capacity, dreg, elbo, iwae, log_weights
+from mmvae.objectives import OBJECTIVES, capacity, dreg, elbo, iwae, log_importance
 from mmvae.terms import Terms, free_bits, kl_to_prior
 
 SAMPLED = {"sample_posterior": True}
@@ -61,7 +61,7 @@ def test_what_is_maximised_beside_the_objective_is_part_of_the_loss_alone():
     torch.testing.assert_close(more.loss_rows, plain.loss_rows - 2.5)
     torch.testing.assert_close(more.loss, plain.loss - 2.5)
     assert torch.equal(more.elbo, plain.elbo)
-    torch.testing.assert_close(log_weights(replace(made, auxiliary=torch.ones(3, 1, len(x)))), log_weights(made))
+    torch.testing.assert_close(log_importance(replace(made, auxiliary=torch.ones(3, 1, len(x)))), log_importance(made))
 
 
 def test_iwae_rises_with_the_number_of_samples():
@@ -246,7 +246,7 @@ def test_scales_weigh_the_likelihoods():
     for objective in (elbo, iwae, partial(iwae, looser=True), dreg):
         torch.testing.assert_close(objective(replace(t, scales={"a": 2.5}), 0.7), objective(weighed, 0.7))
         assert not torch.allclose(objective(weighed, 0.7), objective(t, 0.7))
-    torch.testing.assert_close(log_weights(replace(t, scales={"a": 2.5})), log_weights(weighed))
+    torch.testing.assert_close(log_importance(replace(t, scales={"a": 2.5})), log_importance(weighed))
 
 
 def test_free_bits_of_components_fall_into_dimensions():

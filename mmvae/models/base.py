@@ -23,7 +23,7 @@ from mmvae.models.configuration import VAEConfig
 from mmvae.models.pretrained import VerifiedModel
 from mmvae.nn import ScaledMean, outputs_of, running_statistics
 from mmvae.noise import fold, keyed_normal
-from mmvae.objectives import Objective, elbo, log_weights
+from mmvae.objectives import Objective, elbo, log_importance
 from mmvae.priors import Prior
 from mmvae.terms import Terms, kl_to_prior
 
@@ -202,7 +202,7 @@ class VAE(VerifiedModel):
             each = [terms.mean(value) for value in terms.log_px.values()]
             log_px = torch.stack(each).sum(0)
             kl = terms.mean(kl_to_prior(terms))
-            present = terms.weights().argmax(0)  # a component that is not absent
+            present = terms.log_pi().argmax(0)  # a component that is not absent
         return VAEOutput(
             loss=loss_rows.mean(),
             loss_rows=loss_rows,
@@ -239,7 +239,7 @@ class VAE(VerifiedModel):
         for start in range(0, num_samples, chunk_size):
             size = min(chunk_size, num_samples - start)
             terms = self.terms(q, inputs, size, noise_key, first=start)
-            total = torch.logaddexp(total, log_weights(terms).logsumexp(0))
+            total = torch.logaddexp(total, log_importance(terms).logsumexp(0))
         return total - math.log(num_samples)
 
     def _draw(self, q: Posterior, num_samples: int, key: Tensor | None, sample: bool, first: int = 0) -> Tensor:
