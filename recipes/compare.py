@@ -80,7 +80,7 @@ def plain(kind: type[LatentClassifier]) -> type[LatentClassifier]:
             width = moments.in_features if isinstance(moments, nn.Linear) else moments.in_channels * math.prod(config.bottom_size)
             self.head = nn.Sequential(nn.Dropout(config.classifier_dropout), nn.Linear(width, config.num_labels))
 
-        def classify(self, inputs: dict[str, Any], labels: Tensor | None = None, **_: Any) -> ClassifierOutput:
+        def bound(self, inputs: dict[str, Any], labels: Tensor | None = None, **_: Any) -> ClassifierOutput:
             logits = self.head(self.base_model.features(**inputs).flatten(1)).float()
             if labels is None:
                 return ClassifierOutput(logits=logits)

@@ -41,7 +41,7 @@ from mmvae.models.topic_vae import TopicVAE, TopicVAEConfig
 from mmvae.noise import fold, keyed_uniform
 from mmvae.objectives import OBJECTIVES, Objective
 
-_OPTIONS = ("alpha", "beta", "num_samples", "objective", "sample_posterior")  # of LatentClassifier.classify, beside the key
+_OPTIONS = ("alpha", "beta", "num_samples", "objective", "sample_posterior")  # of LatentClassifier.bound, beside the key
 _FEATURES = 0x66656174  # keeps the noise of what the head reads apart from that of the ELBO
 
 
@@ -93,7 +93,7 @@ class LatentClassifier(HeadedVAE):
         self.head = nn.Sequential(*layers, nn.Linear(hidden or width, config.num_labels))
         self.post_init()
 
-    def classify(
+    def bound(
         self,
         inputs: dict[str, Any],
         labels: Tensor | None = None,
@@ -168,13 +168,13 @@ class ImageVAEForImageClassification(LatentClassifier):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, *, noise_key: Tensor | None = None, **options: Any
     ) -> ClassifierOutput:
-        """Logits, and with labels the loss; see :meth:`LatentClassifier.classify`.
+        """Logits, and with labels the loss; see :meth:`LatentClassifier.bound`.
 
         Arguments:
             pixel_values: (B, C, H, W), uint8 or float in [0, 1].
-            options: of :meth:`LatentClassifier.classify`.
+            options: of :meth:`LatentClassifier.bound`.
         """
-        return self.classify({"pixel_values": pixel_values}, labels, noise_key=noise_key, **options)
+        return self.bound({"pixel_values": pixel_values}, labels, noise_key=noise_key, **options)
 
 
 class TextVAEForSequenceClassification(LatentClassifier):
@@ -207,15 +207,15 @@ class TextVAEForSequenceClassification(LatentClassifier):
         noise_key: Tensor | None = None,
         **options: Any,
     ) -> ClassifierOutput:
-        """Logits, and with labels the loss; see :meth:`LatentClassifier.classify`.
+        """Logits, and with labels the loss; see :meth:`LatentClassifier.bound`.
 
         Arguments:
             input_ids: (B, T) int64, BOS ... EOS, padded at either side.
             attention_mask: (B, T), 1 on real tokens; made from ``pad_token_id`` when None.
-            options: of :meth:`LatentClassifier.classify`.
+            options: of :meth:`LatentClassifier.bound`.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.classify(inputs, labels, noise_key=noise_key, **options)
+        return self.bound(inputs, labels, noise_key=noise_key, **options)
 
 
 class TopicVAEForSequenceClassification(LatentClassifier):
@@ -238,13 +238,13 @@ class TopicVAEForSequenceClassification(LatentClassifier):
     def forward(
         self, word_counts: Tensor, labels: Tensor | None = None, *, noise_key: Tensor | None = None, **options: Any
     ) -> ClassifierOutput:
-        """Logits, and with labels the loss; see :meth:`LatentClassifier.classify`.
+        """Logits, and with labels the loss; see :meth:`LatentClassifier.bound`.
 
         Arguments:
             word_counts: (B, V) of any dtype, >= 0.
-            options: of :meth:`LatentClassifier.classify`.
+            options: of :meth:`LatentClassifier.bound`.
         """
-        return self.classify({"word_counts": word_counts}, labels, noise_key=noise_key, **options)
+        return self.bound({"word_counts": word_counts}, labels, noise_key=noise_key, **options)
 
 
 class MMVAEForClassification(LatentClassifier):
@@ -283,7 +283,7 @@ class MMVAEForClassification(LatentClassifier):
         sample_posterior: bool | None = None,
         **inputs: Any,
     ) -> ClassifierOutput:
-        """Logits, and with labels the loss; see :meth:`LatentClassifier.classify`.
+        """Logits, and with labels the loss; see :meth:`LatentClassifier.bound`.
 
         Arguments:
             objective: (terms, beta) -> (B,) nats; the configuration's when None.
@@ -295,7 +295,7 @@ class MMVAEForClassification(LatentClassifier):
             objective = partial(OBJECTIVES[self.config.objective], **self.config.objective_options)
         if vae.training and self.config.modality_dropout and inputs.get("visible") is None:
             inputs["visible"] = vae._visible(vae._given(inputs).present, noise_key)
-        return self.classify(inputs, labels, alpha, beta, num_samples, objective, noise_key, sample_posterior)
+        return self.bound(inputs, labels, alpha, beta, num_samples, objective, noise_key, sample_posterior)
 
 
 def classifier_of(config: Any, among: Sequence[type[LatentClassifier]] | None = None) -> type[LatentClassifier]:
