@@ -130,12 +130,12 @@ class MMVAE(JointGeneration):
     def _given(self, received: Mapping[str, Any]) -> _Given:
         own, rest = self.split(received)
         masks = {name: rest.pop(name, None) for name in ("present", "visible")}
-        known = [*self.input_names, *self.condition_names, "labels", "present", "visible"]
+        known = [*self.input_names, *self.condition_names, "labels"]
         for name in (name for name in rest if name not in FOREIGN_ARGUMENTS):
             raise TypeError(f"{type(self).__name__}: unknown input {name!r}; the nearest one is {nearest(name, known)!r}")
         inputs = {name: {k: v for k, v in own[name].items() if k in vae.input_names} for name, vae in self.vaes.items()}
         if not any(inputs.values()):
-            raise ValueError(f"inputs: received none of any modality, expected some of {known[:-2]}")
+            raise ValueError(f"inputs: received none of any modality, expected some of {list(self.input_names[:-2])}")
         sizes = {f"{name}: {child}": len(value) for name, parts in own.items() for child, value in parts.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"inputs: received different numbers of rows, {sizes}, expected the same")
