@@ -98,6 +98,12 @@ def test_what_cannot_be_stacked_is_refused():
         StackedVAE(StackedVAEConfig(below=MMVAEConfig(modalities={"image": ImageVAEConfig(image_size=8)}), num_classes=2))
 
 
+def test_no_samples_of_a_likelihood_are_refused():
+    model, inputs = make("image")
+    with pytest.raises(ValueError, match="num_samples: received 0, expected at least 1"):
+        model.log_marginal(0, **inputs)
+
+
 def test_the_recipe_leaves_a_folder_that_classifies_and_draws(tmp_path):
     rng, data, below = np.random.default_rng(0), tmp_path / "data", tmp_path / "below"
     for split, count in (("train", 12), ("validation", 4)):

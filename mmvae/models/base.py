@@ -76,7 +76,8 @@ def seeded(generator: torch.Generator | None) -> Iterator[None]:
         yield
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def at_least(name: str, value: int, least: int) -> None:
+    """Refuse a number that is too small: ValueError."""
     if value < least:
         raise ValueError(f"{name}: received {value!r}, expected at least {least}")
 
@@ -186,7 +187,7 @@ class VAE(VerifiedModel):
             output_hidden_states: return what the encoder's layers gave, too; as the configuration says when None.
             q: the posterior of ``inputs`` where it is known already.
         """
-        _at_least("num_samples", num_samples, 1)
+        at_least("num_samples", num_samples, 1)
         shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with outputs_of(self.hidden_layers() if shown else ()) as hidden_states:
             q = self.posterior(**inputs) if q is None else q
@@ -234,7 +235,7 @@ class VAE(VerifiedModel):
         """
         q = self.posterior(**inputs)
         chunk_size = max(1, 512 // q.mixture.components.batch_shape.numel()) if chunk_size is None else chunk_size
-        _at_least("num_samples", num_samples, 1), _at_least("chunk_size", chunk_size, 1)
+        at_least("num_samples", num_samples, 1), at_least("chunk_size", chunk_size, 1)
         total = torch.full(q.mixture.batch_shape, -math.inf, device=self.device)
         for start in range(0, num_samples, chunk_size):
             size = min(chunk_size, num_samples - start)
@@ -266,7 +267,7 @@ class VAE(VerifiedModel):
     @torch.no_grad()
     def sample_prior(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Latents from p(z), or from the density that was fitted to it, (num_samples, *event)."""
-        _at_least("num_samples", num_samples, 1)
+        at_least("num_samples", num_samples, 1)
         event = self.prior().event_shape
         if self.config.latent_density in self.densities:
             density = self.densities[self.config.latent_density]
@@ -306,7 +307,7 @@ class VAE(VerifiedModel):
         Returns:
             (B * num_steps, ...), the points of a line next to each other.
         """
-        _at_least("num_steps", num_steps, 2)
+        at_least("num_steps", num_steps, 2)
         share = torch.linspace(0, 1, num_steps, device=start.device, dtype=start.dtype).view(1, -1, *[1] * (start.dim() - 1))
         return self.render(torch.lerp(start.unsqueeze(1), end.unsqueeze(1), share).flatten(0, 1), **options)
 

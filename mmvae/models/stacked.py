@@ -23,7 +23,7 @@ from transformers import AutoModel, PreTrainedConfig
 
 from mmvae.aggregation import Posterior
 from mmvae.distributions import DiagNormal
-from mmvae.models.base import VAEOutput
+from mmvae.models.base import VAEOutput, at_least
 from mmvae.models.classes import ClassVAE, ClassVAEConfig
 from mmvae.models.configuration import VAEConfig, inner, plain
 from mmvae.models.unimodal import VAEModel
@@ -199,7 +199,12 @@ class StackedVAE(ClassVAE):
     def log_marginal(
         self, num_samples: int = 100, chunk_size: int | None = None, noise_key: Tensor | None = None, **inputs: Tensor
     ) -> Tensor:
-        r"""log p(x) by importance sampling, :math:`p(z_1)` of each sample by one of q(y, z2|z1); see :meth:`VAE.log_marginal`."""
+        r"""log p(x) by importance sampling, :math:`p(z_1)` of each sample by one of q(y, z2|z1); see :meth:`VAE.log_marginal`.
+
+        Arguments:
+            chunk_size: there for what calls any model alike; samples are decoded one after the other.
+        """
+        at_least("num_samples", num_samples, 1)
         given = _without_labels(inputs)
         q, total = self.below.posterior(**given), torch.full((), -math.inf, device=self.device)
         for n in range(num_samples):
