@@ -265,11 +265,11 @@ def test_modality_dropout_hides_from_the_encoders_and_not_from_the_score():
     seen = model.train()(**inputs, present=PRESENT, noise_key=keys).latent_mean  # a row with nothing but text keeps it
     torch.testing.assert_close(seen[2], model.posterior(**inputs, present=PRESENT).mixture.mean[2])
     half = joint(modality_dropout={"text": 0.5}).train()
-    rows = fold(7, torch.arange(2000))
-    visible = half._visible(torch.ones(2000, 2, dtype=torch.bool), rows)
+    rows, many = fold(7, torch.arange(2000)), {name: value[:1].expand(2000, *value.shape[1:]) for name, value in inputs.items()}
+    visible = half.hide_some(many, rows)["visible"]
     assert visible[:, 0].all()
     assert 900 < visible[:, 1].sum() < 1100
-    assert torch.equal(visible[3:5], half._visible(torch.ones(2, 2, dtype=torch.bool), rows[3:5]))
+    assert torch.equal(visible[3:5], half.hide_some({name: value[3:5] for name, value in many.items()}, rows[3:5])["visible"])
 
 
 def test_inference_may_aggregate_otherwise_than_training():

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from mmvae.aggregation import AGGREGATIONS, Posterior
 from mmvae.folder import read_json
 from mmvae.models.inherited import check_inherited, nearest, refuse_from_files
-from mmvae.objectives import OBJECTIVES, check_options
+from mmvae.objectives import OBJECTIVES, Objective, check_options
 from mmvae.priors import PRIORS
 
 _MOST_MODALITIES = 64
@@ -226,6 +226,11 @@ class MMVAEConfig(VAEConfig):
         """Size of w_m of every modality that has one."""
         dims = {name: child.latent_dim - self.latent_dim for name, child in self.modalities.items()}
         return {name: dim for name, dim in dims.items() if dim}
+
+    @property
+    def maximised(self) -> Objective:
+        """The objective with its options."""
+        return partial(OBJECTIVES[self.objective], **self.objective_options)
 
     def aggregate(self, training: bool) -> Callable[..., Posterior]:
         """The aggregation with its options, for training or for inference."""

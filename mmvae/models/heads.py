@@ -19,7 +19,6 @@ References:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +38,7 @@ from mmvae.models.mmvae import MMVAE
 from mmvae.models.text_vae import TextVAE, TextVAEConfig
 from mmvae.models.topic_vae import TopicVAE, TopicVAEConfig
 from mmvae.noise import fold, keyed_uniform
-from mmvae.objectives import OBJECTIVES, Objective
+from mmvae.objectives import Objective
 
 _OPTIONS = ("alpha", "beta", "num_samples", "objective", "sample_posterior")  # of LatentClassifier.bound, beside the key
 _FEATURES = 0x66656174  # keeps the noise of what the head reads apart from that of the ELBO
@@ -290,11 +289,7 @@ class MMVAEForClassification(LatentClassifier):
             inputs: of any of the modalities, ``present`` and ``visible``: as for :meth:`MMVAE.posterior`. In training the configuration's
                 ``modality_dropout`` hides some.
         """
-        vae = self.base_model
-        if objective is None:
-            objective = partial(OBJECTIVES[self.config.objective], **self.config.objective_options)
-        if vae.training and self.config.modality_dropout and inputs.get("visible") is None:
-            inputs["visible"] = vae._visible(vae._given(inputs).present, noise_key)
+        inputs, objective = self.base_model.hide_some(inputs, noise_key), objective or self.config.maximised
         return self.bound(inputs, labels, alpha, beta, num_samples, objective, noise_key, sample_posterior)
 
 

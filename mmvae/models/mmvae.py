@@ -16,7 +16,6 @@ References:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from mmvae.models.inherited import FOREIGN_ARGUMENTS, nearest
 from mmvae.models.joint_generation import JointGeneration
 from mmvae.nn import some_rows, take_rows, unless_seen
 from mmvae.noise import fold, keyed_uniform
-from mmvae.objectives import OBJECTIVES, Objective
+from mmvae.objectives import Objective
 from mmvae.priors import PRIORS, LearnedNormal
 from mmvae.terms import Terms
 
@@ -301,17 +300,17 @@ class MMVAE(JointGeneration):
             return_loss: there for ``transformers.Trainer``; the loss is always returned.
             inputs: as for :meth:`posterior`.
         """
-        if objective is None:
-            objective = partial(OBJECTIVES[self.config.objective], **self.config.objective_options)
-        if self.training and self.config.modality_dropout and inputs.get("visible") is None:
-            inputs["visible"] = self._visible(self._given(inputs).present, noise_key)
-        return self.bound(inputs, beta, num_samples, objective, noise_key, sample_posterior)
+        inputs = self.hide_some(inputs, noise_key)
+        return self.bound(inputs, beta, num_samples, objective or self.config.maximised, noise_key, sample_posterior)
 
-    def _visible(self, present: Tensor, key: Tensor | None) -> Tensor:
-        """What modality dropout leaves to the encoders, (B, M) bool."""
+    def hide_some(self, inputs: dict[str, Any], key: Tensor | None = None) -> dict[str, Any]:
+        """Inputs, and in training what modality dropout leaves of them to the encoders, where they do not say what is ``visible``."""
+        if not self.training or not self.config.modality_dropout or inputs.get("visible") is not None:
+            return inputs
+        present = self._given(inputs).present
         share = torch.tensor([float(self.config.modality_dropout.get(name, 0.0)) for name in self.vaes], device=self.device)
         uniform = torch.rand(present.shape, device=self.device) if key is None else keyed_uniform(fold(_HIDDEN, key), share.shape)
-        return hide(present, share, uniform)
+        return inputs | {"visible": hide(present, share, uniform)}
 
     @torch.no_grad()
     def log_conditional(
