@@ -49,7 +49,7 @@ class ImageVAEImageProcessorKwargs(ImagesKwargs, total=False):
     Arguments:
         num_channels: channels of the output: 1 (grey), 3 (RGB) or 4 (RGBA).
         background: the colour (red, green, blue), 0..255, that shows through transparent pixels and fills the padding.
-        resize_mode: "crop", "pad" or "stretch" (see ``mmvae.data.images.resize``).
+        resize_mode: "crop", "pad", "stretch" or "refuse" (see ``mmvae.data.images.resize``).
     """
 
     num_channels: int | None
@@ -159,8 +159,8 @@ class ImageVAEImageProcessor(_Pixels, TorchvisionBackend):
         size: ``{"height": int, "width": int}`` of the output, or ``{"shortest_edge": int}`` together with ``do_center_crop``.
         num_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         background: the colour (red, green, blue), 0..255, that shows through transparent pixels and fills the padding.
-        resize_mode: how a picture comes to ``height`` and ``width``, as in training: "crop", "pad" or "stretch", the ``resize`` of
-            ``mmvae.data.ImageColumn``, always bilinear.
+        resize_mode: how a picture comes to ``height`` and ``width``, as in training: "crop", "pad", "stretch" or "refuse", the ``resize``
+            of ``mmvae.data.ImageColumn``, always bilinear.
 
     Returns:
         When called: a ``BatchFeature`` with ``pixel_values``, (B, C, H, W) float32 if ``return_tensors="pt"``, else a list of (C, H, W).

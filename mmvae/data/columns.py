@@ -115,7 +115,7 @@ class ImageColumn(Column):
         num_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         background: red, green, blue in 0...255, or one grey value, that transparent pictures are laid on and padding
             is filled with.
-        resize: "crop", "pad" or "stretch" (see `mmvae.data.images.resize`).
+        resize: "crop", "pad", "stretch" or "refuse" (see `mmvae.data.images.resize`).
         augmentation: random changes, keyed by (seed, epoch, row).
         formats: encodings that may be decoded; "BMP", "GIF", "TIFF" are among those that can be added.
         max_pixels: the largest width x height that is decoded.

@@ -85,8 +85,8 @@ def at_least(name: str, value: int, least: int) -> None:
 class VAE(VerifiedModel):
     """A variational autoencoder over one modality or many: what is the same for all of them.
 
-    A subclass gives ``posterior``, ``log_px`` and ``prior``, and ``terms`` where it draws more than z; ``forward`` is spelled out by
-    each model and calls :meth:`bound`.
+    A subclass gives ``posterior``, ``log_px`` and ``render``, the module ``latent_prior``, and ``terms`` where it draws more than z; its
+    ``forward`` calls :meth:`bound`.
 
     Attributes:
         input_names: the inputs that are encoded and scored, main input first.
