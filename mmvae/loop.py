@@ -55,7 +55,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """One call of :func:`mmvae.training.fit`, where the fields are described, and what is due between two of its steps."""
 
@@ -71,7 +71,6 @@ class Run:
     evaluate: Callable[[], Mapping[str, float]] | None
     eval_every: int | None
     monitor: str | None
-    lower_is_better: bool
     log_every: int
     save_every: int
     keep: int
@@ -251,7 +250,7 @@ class Run:
         if self.monitor not in figures:
             raise ValueError(f"monitor={self.monitor!r}: evaluate() gave {sorted(figures)}")
         value, best = figures[self.monitor], at.best_value
-        improved = math.isfinite(value) and (best is None or (value < best if self.lower_is_better else value > best))
+        improved = math.isfinite(value) and (best is None or value < best)
         at.stale = 0 if improved or at.step < self.patience_from else at.stale + 1
         if improved:
             at.best_step, at.best_value = at.step, value

@@ -62,7 +62,7 @@ def evaluate(
     measure: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
     loader: Batches,
     *,
-    models: Iterable[nn.Module] | None = None,
+    models: Iterable[nn.Module],
 ) -> dict[str, float]:
     r"""Means over all rows of all ranks, :math:`\sum w_i v_i / \sum w_i`, summed in float64: independent of batch size and number of ranks.
 
@@ -70,7 +70,7 @@ def evaluate(
         accelerator: sums over its ranks.
         measure: batch on the device -> named (b,) values, one per row.
         loader: its epoch 0 is read.
-        models: put into evaluation mode meanwhile; all that ``accelerator`` has prepared when None.
+        models: put into evaluation mode meanwhile.
 
     Returns:
         The mean of each value.
@@ -80,7 +80,7 @@ def evaluate(
     """
     sums: dict[str, Tensor] = {}
     weight = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    with _evaluation_mode(accelerator._models if models is None else models), torch.inference_mode():
+    with _evaluation_mode(models), torch.inference_mode():
         total = None
         with contextlib.suppress(TypeError):  # the length of a stream is not known
             total = len(loader)
@@ -127,7 +127,6 @@ def fit(
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     eval_every: int | None = None,
     monitor: str | None = "nll",
-    lower_is_better: bool = True,
     patience: int | None = None,
     patience_from: int = 0,
     log_every: int = 50,
@@ -156,8 +155,7 @@ def fit(
         folder: checkpoints and ``history.jsonl`` are written here; one that all machines share.
         evaluate: run on every rank, returns the same figures on each.
         eval_every: steps between evaluations; None: at the end of every epoch. The end of the run is always evaluated.
-        monitor: figure of ``evaluate`` that decides which checkpoint is the best; None: none is.
-        lower_is_better: whether less of it is better.
+        monitor: figure of ``evaluate`` of which less is better, that decides which checkpoint is the best; None: none is.
         patience: evaluations in a row without improvement after which training stops.
         patience_from: step from which such evaluations count: the beginning of the last phase of several.
         log_every: steps over which logged values are averaged.
@@ -197,9 +195,9 @@ def fit(
             raise ValueError(f"{name}={value}: expected at least 1")
     info = json.loads(json.dumps(dict(info or {}) | {"data": loader.fingerprint, "seed": seed}))
     run = Run(
-        accelerator, state, Path(folder), info, seed,
-        max_steps, num_epochs, patience, patience_from, evaluate, eval_every, monitor, lower_is_better, log_every, save_every, keep,
-        max_skipped, on_log, getattr(loader, "file_rows", list),
+        accelerator=accelerator, state=state, folder=Path(folder), info=info, seed=seed, max_steps=max_steps, num_epochs=num_epochs,
+        patience=patience, patience_from=patience_from, evaluate=evaluate, eval_every=eval_every, monitor=monitor, log_every=log_every,
+        save_every=save_every, keep=keep, max_skipped=max_skipped, on_log=on_log, file_rows=getattr(loader, "file_rows", list),
     )  # fmt: skip
     with locked(run.folder) if accelerator.is_main_process else contextlib.nullcontext() as refusal, Signals() as signals:
         if run.agree(refusal is not None):

@@ -110,7 +110,7 @@ def make(
 
     def validate():
         with ema.applied():
-            return evaluate(accelerator, measure, held_out)
+            return evaluate(accelerator, measure, held_out, models=[model])
 
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
     arguments = {"num_epochs": 2, "log_every": 2, "save_every": 1, "evaluate": validate} | options

@@ -171,12 +171,12 @@ def test_compiled_models_have_clean_keys():
 def test_evaluation_does_not_depend_on_the_batch_size(accelerator, batch_size):
     model = ToyModel(0.5)
     model.inner[0].eval()
-    accelerator.prepare(model)
     loader = ToyLoader(23, batch_size)
     got = evaluate(
         accelerator,
         lambda batch: {"nll": model(batch["x"], torch.zeros(())), "one": torch.ones(len(batch["x"]))},
         loader,
+        models=[model],
     )
     with torch.no_grad():
         expected = model.eval()(loader.x, torch.zeros(())).double().mean().item()
@@ -186,7 +186,6 @@ def test_evaluation_does_not_depend_on_the_batch_size(accelerator, batch_size):
 def test_evaluation_restores_each_modules_mode_and_needs_no_gradients(accelerator):
     model = ToyModel()
     model.inner[0].eval()
-    accelerator.prepare(model)
     before = [module.training for module in model.modules()]
 
     def measure(batch):
@@ -194,15 +193,15 @@ def test_evaluation_restores_each_modules_mode_and_needs_no_gradients(accelerato
         raise KeyError
 
     with pytest.raises(KeyError):
-        evaluate(accelerator, measure, ToyLoader())
+        evaluate(accelerator, measure, ToyLoader(), models=[model])
     assert [module.training for module in model.modules()] == before and True in before and False in before
 
 
 def test_evaluation_refuses_what_is_not_one_value_per_row(accelerator):
     with pytest.raises(ValueError, match=r"'nll' of shape \(\), expected one value per row: \(4,\)"):
-        evaluate(accelerator, lambda batch: {"nll": torch.zeros(())}, ToyLoader())
+        evaluate(accelerator, lambda batch: {"nll": torch.zeros(())}, ToyLoader(), models=[])
     with pytest.raises(ValueError, match="no rows"):
-        evaluate(accelerator, lambda batch: {}, ToyLoader(0))
+        evaluate(accelerator, lambda batch: {}, ToyLoader(0), models=[])
     filler = ToyLoader(1, 4, rank=0, world_size=2)  # this rank has only a filler row
     batch = next(filler.batches(0))
     assert batch["row_weight"].tolist() == [0.0]
@@ -245,19 +244,11 @@ def test_fit_sees_every_row_once_per_epoch_in_the_order_of_the_loader(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lower", "figures", "best", "end"),
-    [(True, [3.0, 2.0, math.nan, 4.0, 2.5], 4, 10), (False, [3.0, 2.0, math.nan, 4.0, 2.5, math.inf, 1.0], 8, 14)],
+    ("figures", "best", "end"), [([3.0, 2.0, math.nan, 4.0, 2.5], 4, 10), ([-3.0, -2.0, math.nan, -4.0, -2.5, -math.inf, -1.0], 8, 14)]
 )
-def test_patience_and_the_best_checkpoint(tmp_path, lower, figures, best, end):
+def test_patience_and_the_best_checkpoint(tmp_path, figures, best, end):
     given = iter(figures)
-    options = {
-        "monitor": "score",
-        "lower_is_better": lower,
-        "eval_every": 2,
-        "patience": 3,
-        "save_every": 1000,
-        "keep": 1,
-    }
+    options = {"monitor": "score", "eval_every": 2, "patience": 3, "save_every": 1000, "keep": 1}
     result, _ = run(tmp_path, evaluate=lambda: {"score": next(given)}, max_steps=50, num_epochs=None, **options)
     assert (result.best_step, result.best_value, result.step) == (best, figures[best // 2 - 1], end)
     assert result.checkpoint.name == f"step-{best:08d}"
