@@ -70,27 +70,25 @@ def build_phases(run: Mapping[str, Any], phases: Sequence[Mapping[str, Any]]) ->
 
     Arguments:
         run: ``kl_schedule``, ``kl_options``, ``objective``, ``objective_options`` and ``num_samples`` of phases that do not say.
-        phases: options of each, those of ``run`` and ``steps``, ``trained`` and ``reset``; the last has no ``steps``. None: one phase.
+        phases: options of each, those of ``run`` and ``steps``, ``trained`` and ``reset``; the last has no ``steps``. Empty: one phase.
             Shares of a run become steps by :func:`mmvae.schedules.in_steps` before.
 
     Raises:
         ValueError: naming the phase, the option, what it was and what was expected.
     """
-    built, start = [], 0
-    for number, given in enumerate(phases or [{}]):
-        last = number == max(len(phases) - 1, 0)
-        where = f"phases[{number}]." if phases else ""
+    built, start, told = [], 0, phases or [{}]
+    for number, given in enumerate(told):
+        last, where = number == len(told) - 1, f"phases[{number}]." if phases else ""
         if not isinstance(given, Mapping) or given.keys() - _OPTIONS:
             raise ValueError(f"phases[{number}]: received {given!r}, expected a mapping with some of {sorted(_OPTIONS)}")
         steps = given.get("steps")
-        if (steps is None) != last or (not last and not _is_length(steps)):
-            expected = (
-                "none for the last phase, which goes on to the end" if last else "a whole number from 1 on, or a share of the run below 1.0"
-            )
-            raise ValueError(f"{where}steps: received {steps!r}, expected {expected}")
+        if last and steps is not None:
+            raise ValueError(f"{where}steps: received {steps!r}, expected none for the last phase, which goes on to the end")
+        if not last and not _is_length(steps):
+            raise ValueError(f"{where}steps: received {steps!r}, expected a whole number from 1 on, or a share of the run below 1.0")
         built.append(_phase(where, start, {**_inherited(run, given), **given}))
         start += steps or 0
-    if (shares := sum(given["steps"] for given in phases[:-1] if isinstance(given["steps"], float))) >= 1:
+    if (shares := sum(given["steps"] for given in told[:-1] if isinstance(given["steps"], float))) >= 1:
         raise ValueError(f"phases: received steps that are {shares:g} of the run, expected less than 1")
     return built
 
