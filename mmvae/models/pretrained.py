@@ -116,21 +116,22 @@ class VerifiedModel(PreTrainedModel):
             self._check_fit(loading)
 
     def _check_fit(self, loading: _Loading) -> None:
-        own, tensors = self.state_dict(), loading.tensors
-        prefix, has_head = f"{self.base_model_prefix}.", self.base_model is not self
-        whole, same = any(name.startswith(prefix) for name in tensors), type(self).__name__ in loading.saved_by
-        needed = {name: tensor for name, tensor in own.items() if not has_head or same or name.startswith(prefix)}
-        if has_head != whole:  # a VAE of a model with a head, or the other way round
-            inside = {name: tensor for name, tensor in tensors.items() if has_head or name.startswith(prefix)}
-            tensors = {prefix + name if has_head else name.removeprefix(prefix): tensor for name, tensor in inside.items()}
-        elif has_head and not same:
-            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        own, tensors, prefix = self.state_dict(), loading.tensors, f"{self.base_model_prefix}."
+        has_head, same_head = self.base_model is not self, type(self).__name__ in loading.saved_by
+        of_vae = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}  # none where the folder is a VAE's
+        if has_head and not of_vae:
+            tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+        elif has_head and not same_head:
+            tensors = of_vae
+        elif of_vae and not has_head:
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in of_vae.items()}
         for name, tensor in tensors.items():
             _check_tensor(name, tensor, own.get(name), type(self).__name__)
         stored_as = self._tied()  # of two that are one, one is stored
         there = {stored_as.get(name, name) for name in tensors}
-        for name, tensor in needed.items():
-            if stored_as.get(name, name) not in there:
+        for name, tensor in own.items():
+            needed = not has_head or same_head or name.startswith(prefix)  # else it is of a head that is new
+            if needed and stored_as.get(name, name) not in there:
                 files = ", ".join(sorted({stored.path.name for stored in loading.tensors.values()})) or WEIGHTS
                 raise _MisfitError(f"{files}: tensor {name!r} is missing, expected {tuple(tensor.shape)}")
 
