@@ -105,9 +105,12 @@ class RunArguments:
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm: received {self.max_grad_norm}, expected above 0, or null (None) to clip nothing")
         for name, why in self.refused.items():
-            if getattr(self, name) == "skip" if name == "on_bad_row" else getattr(self, name) != default[name]:
-                expected = default[name] if name != "on_bad_row" else "'error' or 'skip_empty'"
-                raise ValueError(f"{name}: received {getattr(self, name)!r}, expected {expected}: {why}")
+            value, expected = getattr(self, name), default[name]
+            wrong = value != expected
+            if name == "on_bad_row":
+                wrong, expected = value == "skip", "'error' or 'skip_empty'"
+            if wrong:
+                raise ValueError(f"{name}: received {value!r}, expected {expected}: {why}")
         if self.on_bad_row not in ON_BAD_ROW:
             raise ValueError(f"on_bad_row: received {self.on_bad_row!r}, expected one of {', '.join(ON_BAD_ROW)}")
         if not 0 <= self.most_bad_rows <= 1:
