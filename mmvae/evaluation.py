@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmvae.distributions import DiagNormal
 from mmvae.metrics import active_units, bits_per_dim, mutual_information, perplexity, psnr, ssim
+from mmvae.models.classes import without_labels
 from mmvae.models.configuration import VAEConfig, input_name
 from mmvae.models.image_configuration import BINARIZATIONS
 from mmvae.models.unimodal import VAEModel
@@ -80,11 +81,6 @@ def model_inputs(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> dict[st
     return {name: value for name, value in batch.items() if name in names}
 
 
-def _untold(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs without the classes: figures are of x alone, for models with classes too."""
-    return {name: value for name, value in inputs.items() if name != "labels"}
-
-
 class _Moments:
     """Posterior means and log-variances of the rows of all ranks, by row number, as far as they fit."""
 
@@ -136,7 +132,7 @@ def evaluate_elbo(
 
     def measure(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         key = fold(seed, _ELBO, batch["row"])
-        inputs = _untold(model_inputs(model, transform(batch, key) if transform else batch))
+        inputs = without_labels(model_inputs(model, transform(batch, key) if transform else batch))  # figures are of x alone
         out = model(**inputs, sample_posterior=True, noise_key=key, objective=elbo)  # that of training may want another aggregation
         if latent:
             moments.add(out.latent_mean, out.latent_logvar, batch["row"], batch["row_weight"])
@@ -204,7 +200,7 @@ def evaluate_vae(
 
     def measure(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = transform(batch, fold(seed, _ELBO, batch["row"])) if transform else batch
-        inputs = _untold(model_inputs(inner, batch))
+        inputs = without_labels(model_inputs(inner, batch))
         key = fold(seed, _MARGINAL, batch["row"])
         with accelerator.autocast():
             return {"nll_nats": -inner.log_marginal(num_samples=num_samples, noise_key=key, **inputs)}

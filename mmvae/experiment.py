@@ -25,7 +25,7 @@ from mmvae.evaluation import Transform, evaluate_elbo, evaluate_vae, model_input
 from mmvae.hub import push, write_card, write_metrics
 from mmvae.nn import running_statistics
 from mmvae.noise import fold
-from mmvae.optimization import EMA, micro_batches, unwrap, update
+from mmvae.optimization import EMA, inner_optimizer, micro_batches, unwrap, update
 from mmvae.options import RunArguments, parse
 from mmvae.phases import begin, build_phases, check_objectives, check_reach, check_resets, part_of, phase_at
 from mmvae.processes import keep_memory
@@ -35,8 +35,8 @@ from mmvae.snapshot import check_whole
 from mmvae.training import Result, fit, load_weights
 
 __all__ = [
-    "RunArguments", "build_accelerator", "finish", "image_processor", "make_loaders", "make_tokenizer", "parse", "precision", "start",
-    "track", "train", "vae_step",
+    "RunArguments", "build_accelerator", "check_alone", "finish", "image_processor", "make_loaders", "make_tokenizer", "parse", "precision",
+    "start", "track", "train", "vae_step",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,12 @@ def build_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
     if accelerator.device.type == "cpu":
         keep_memory()
     return accelerator
+
+
+def check_alone(accelerator: Accelerator) -> None:
+    """Refuse several processes, which a recipe has no use for: ValueError."""
+    if accelerator.num_processes > 1:
+        raise ValueError(f"num_processes: received {accelerator.num_processes}, expected 1")
 
 
 def start(args: RunArguments) -> Accelerator:
@@ -233,7 +239,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, args.adam_beta2), fused=True)
     options = {"num_warmup_steps": args.warmup_steps, "num_training_steps": steps, "scheduler_specific_kwargs": args.lr_options}
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    scheduler = get_scheduler(args.lr_schedule, getattr(optimizer, "optimizer", optimizer), **options)
+    scheduler = get_scheduler(args.lr_schedule, inner_optimizer(optimizer), **options)
     ema = EMA(prepared, args.ema_decay) if args.ema_decay else None
     state = {"model": prepared, "optimizer": optimizer, "scheduler": scheduler} | ({"ema": ema} if ema else {})
 

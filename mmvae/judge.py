@@ -83,11 +83,6 @@ class Verdict:
         """(B,) bool: more likely no sprite than one."""
         return self.refusal > 0.5
 
-    def names(self) -> list[dict[str, str]]:
-        """The attributes of each picture in words."""
-        columns = {name: [ATTRIBUTES[name][i] for i in index.tolist()] for name, index in self.seen.items()}
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
 
 @dataclass(frozen=True)
 class Strictness:

@@ -219,8 +219,13 @@ def micro_batches(batch: Mapping[str, Tensor], count: int) -> Iterator[dict[str,
             yield {name: x[start:end] if x.ndim and len(x) == size else x for name, x in batch.items()}
 
 
+def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What accelerate wraps, or what is not wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def _step(accelerator: Accelerator, optimizer: torch.optim.Optimizer, skipped: Tensor, scheduler: LRScheduler | None) -> None:
-    inner = getattr(optimizer, "optimizer", optimizer)  # what accelerate wraps
+    inner = inner_optimizer(optimizer)
     if accelerator.scaler is not None:
         optimizer.step()  # the scaler finds what is not finite by itself
     elif isinstance(inner, torch.optim.Adam) and inner.defaults["fused"]:

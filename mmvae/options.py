@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import difflib
 import json
 import math
 import sys
@@ -17,6 +16,7 @@ from transformers import HfArgumentParser, SchedulerType
 from mmvae.data.rows import ON_BAD_ROW
 from mmvae.hub import check_repo_id
 from mmvae.models.configuration import VAEConfig
+from mmvae.models.inherited import nearest
 from mmvae.objectives import OBJECTIVES
 from mmvae.phases import build_phases
 from mmvae.schedules import SCHEDULES, in_steps
@@ -305,14 +305,10 @@ def parse(*types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
             raise ValueError(f"{path}: received {type(options).__name__}, expected a mapping of options to values")
         for name in options:
             if name not in known:
-                raise ValueError(f"{path}: unknown option {name!r}; the nearest one is {_nearest(name, known)!r}")
+                raise ValueError(f"{path}: unknown option {name!r}; the nearest one is {nearest(str(name), known)!r}")
         parser.set_defaults(**options)
     *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if rest:
         name = rest[0].partition("=")[0]
-        raise ValueError(f"unknown option {name!r}; the nearest one is {'--' + _nearest(name.lstrip('-'), known)!r}")
+        raise ValueError(f"unknown option {name!r}; the nearest one is {'--' + nearest(name.lstrip('-'), known)!r}")
     return tuple(parsed[: len(types)])
-
-
-def _nearest(name: object, known: Sequence[str]) -> str:
-    return difflib.get_close_matches(str(name), known, 1, 0.0)[0]

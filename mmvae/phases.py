@@ -28,7 +28,7 @@ from torch import nn
 from mmvae.models.configuration import bind
 from mmvae.noise import fold
 from mmvae.objectives import OBJECTIVES, Objective, check_options, mmvm
-from mmvae.optimization import EMA, unwrap
+from mmvae.optimization import EMA, inner_optimizer, unwrap
 from mmvae.schedules import SCHEDULES, Schedule
 
 PARTS = ("inference", "generation", "all")
@@ -183,7 +183,7 @@ def begin(phase: Phase, model: nn.Module, optimizer: torch.optim.Optimizer, seed
     """Give the part that a phase resets new weights, the same on every rank, and forget its moments and averages."""
     if phase.reset is None:
         return
-    plain, inner = unwrap(model), getattr(optimizer, "optimizer", optimizer)
+    plain, inner = unwrap(model), inner_optimizer(optimizer)
     parameters = dict(plain.named_parameters())
     new = part_of(plain, phase.reset)
     torch.manual_seed(fold(seed, phase.start, _RESET))

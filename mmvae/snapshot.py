@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mmvae import checkpoint
 from mmvae.checkpoint import CheckpointError
-from mmvae.optimization import EMA, unwrap
+from mmvae.optimization import EMA, inner_optimizer, unwrap
 
 
 def check_whole(accelerator: Accelerator) -> None:
@@ -47,7 +47,7 @@ def load_state(source: Path, objects: Mapping[str, Any], state: Mapping[str, Any
     for name, value in objects.items():
         (unwrap(value) if isinstance(value, nn.Module) else value).load_state_dict(state[name])
         if isinstance(value, Optimizer):
-            keep_layout(_inner(value))
+            keep_layout(inner_optimizer(value))
 
 
 def _with_own_rates(objects: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _with_own_rates(objects: Mapping[str, Any], state: Mapping[str, Any]) -> dic
         own = {"base_lrs": scheduler.base_lrs, "_last_lr": rates, "lr_lambdas": [None] * len(rates)}
         state[name] = state[name] | own
         for entry, optimizer in objects.items():
-            if isinstance(optimizer, Optimizer) and _inner(optimizer) is _inner(scheduler.optimizer):
+            if isinstance(optimizer, Optimizer) and inner_optimizer(optimizer) is inner_optimizer(scheduler.optimizer):
                 groups = zip(optimizer.param_groups, state[entry]["param_groups"], rates, strict=True)
                 merged = [now | {"params": then["params"], "lr": rate} for now, then, rate in groups]
                 state[entry] = state[entry] | {"param_groups": merged}
@@ -117,8 +117,3 @@ def _check(what: str, value: Any, saved: Mapping[str, Any]) -> None:
     changes = checkpoint.compare(then, now)
     if changes:
         raise CheckpointError(f"{what} does not fit ({len(changes)} differences, saved -> expected): {'; '.join(changes[:3])}")
-
-
-def _inner(optimizer: Optimizer) -> Optimizer:
-    """What accelerate wraps."""
-    return getattr(optimizer, "optimizer", optimizer)

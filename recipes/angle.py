@@ -27,7 +27,7 @@ from mmvae.angles import angle_told, angular_error, circular_correlation, fitted
 from mmvae.data import ImageColumn, Loader, Rows, find_column, splits
 from mmvae.data.sprites import ATTRIBUTES, SYMMETRY
 from mmvae.evaluation import binarization, evaluate_vae
-from mmvae.experiment import build_accelerator, parse
+from mmvae.experiment import build_accelerator, check_alone, parse
 from mmvae.pictures import table
 from mmvae.record import public, without_place
 
@@ -98,8 +98,7 @@ def main() -> None:
     """Load, measure, print and write."""
     (args,) = parse(AngleArguments)
     accelerator = build_accelerator("no")
-    if accelerator.num_processes > 1:
-        raise ValueError(f"num_processes: got {accelerator.num_processes}, expected 1")
+    check_alone(accelerator)
     data = splits(args.dataset)
     if "angle" not in data["train"].column_names:
         raise ValueError(f"{args.dataset} has no column 'angle', expected sprites, or turned:{args.dataset}")

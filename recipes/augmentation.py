@@ -32,7 +32,7 @@ from mmvae.charts import against
 from mmvae.data import Column, Loader, PartlyLabelled, Rows
 from mmvae.data.selection import select
 from mmvae.evaluation import binarization, model_inputs, predict
-from mmvae.experiment import parse, start
+from mmvae.experiment import check_alone, parse, start
 from mmvae.hub import write_metrics
 from mmvae.loop import to_device
 from mmvae.modalities import augmented, overridden
@@ -244,8 +244,7 @@ def main() -> None:
     """Load, train and measure every draw, write what came of it."""
     (args,) = parse(AugmentationRun)
     accelerator = start(args)
-    if accelerator.num_processes > 1:
-        raise ValueError(f"num_processes: received {accelerator.num_processes}, expected 1")
+    check_alone(accelerator)
     data, found = LabelledData.read(args.dataset, args.label, args.counts), {}
     for count in args.counts:
         for draw in range(args.draws):

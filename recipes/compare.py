@@ -32,7 +32,7 @@ from mmvae.charts import against
 from mmvae.data import Column, ImageColumn, Loader, PartlyLabelled
 from mmvae.data.selection import select
 from mmvae.evaluation import binarization, predict
-from mmvae.experiment import parse, start
+from mmvae.experiment import check_alone, parse, start
 from mmvae.hub import write_metrics
 from mmvae.modalities import augmented, overridden, read_columns
 from mmvae.models.heads import ClassifierOutput, LatentClassifier, classifier_of
@@ -189,8 +189,7 @@ def main() -> None:
     """Load, train and measure everything, write what came of it."""
     (args,) = parse(CompareRun)
     accelerator = start(args)
-    if accelerator.num_processes > 1:
-        raise ValueError(f"num_processes: received {accelerator.num_processes}, expected 1")
+    check_alone(accelerator)
     data = LabelledData.read(args.dataset, args.label, args.labels_per_class)
     vae = trained_vae(accelerator, args, data)
     found: dict[tuple[str, int], list[dict[str, float]]] = {}

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from mmvae.data import sprites
 from mmvae.data.sprites import ATTRIBUTES
-from mmvae.experiment import build_accelerator, parse
+from mmvae.experiment import build_accelerator, check_alone, parse
 from mmvae.judge import Judge
 from mmvae.negatives import KINDS, examples
 from mmvae.pictures import table
@@ -112,8 +112,7 @@ def main() -> None:
     """Train, measure, write, and say whether it will do."""
     (args,) = parse(JudgeArguments)
     accelerator = build_accelerator(args.mixed_precision)
-    if accelerator.num_processes > 1:
-        raise ValueError(f"num_processes: got {accelerator.num_processes}, expected 1: the judge is small")
+    check_alone(accelerator)
     set_seed(args.seed % 2**32)
     began = time.perf_counter()
     judge = train(args, accelerator)

@@ -247,10 +247,10 @@ def test_a_verdict_is_the_picture_s_own_for_bytes_and_floats():
     judge = Judge(8).train()
     pixels, _ = pictures(5, 6)
     whole, alone, floats = judge.judge(pixels), judge.judge(pixels[2:3]), judge.judge(pixels.double() / 255)
-    assert judge.training and len(whole.names()) == 6 and set(whole.names()[0]) == set(ATTRIBUTES)
+    assert judge.training and {name: len(index) for name, index in whole.seen.items()} == dict.fromkeys(ATTRIBUTES, 6)
     for one, row in ((whole, 2), (floats, 2)):
         assert torch.allclose(one.refusal[row], alone.refusal[0], atol=1e-5) and one.iou[row] == alone.iou[0]
-        assert one.names()[row] == alone.names()[0]
+        assert all(index[row] == alone.seen[name][0] for name, index in one.seen.items())
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,11 @@ def checked_labels(name: str, labels: Any, shape: Sequence[int], num_classes: in
     return labels
 
 
+def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs without the classes that rows tell."""
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
 class ClassVAE(VAEModel):
     """A modality that can have classes; without them (``num_classes`` 0) it is just that modality, and takes no notice of labels.
 

@@ -24,7 +24,7 @@ from transformers import AutoModel, PreTrainedConfig
 from mmvae.aggregation import Posterior
 from mmvae.distributions import DiagNormal
 from mmvae.models.base import VAEOutput, at_least
-from mmvae.models.classes import ClassVAE, ClassVAEConfig
+from mmvae.models.classes import ClassVAE, ClassVAEConfig, without_labels
 from mmvae.models.configuration import VAEConfig, inner, plain
 from mmvae.models.unimodal import VAEModel
 from mmvae.noise import fold
@@ -124,7 +124,7 @@ class StackedVAE(ClassVAE):
 
     def _seen(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What M2 sees: z1, the mean of q(z1|x) where it is not given, and the labels."""
-        given = _without_labels(inputs)
+        given = without_labels(inputs)
         return {"labels": inputs.get("labels")} | (
             given if "below_latents" in given else {"below_latents": self.below.posterior(**given).mixture.mean}
         )
@@ -176,7 +176,7 @@ class StackedVAE(ClassVAE):
 
         In evaluation mode ``elbo``, ``log_px`` and ``kl`` are of x, and the classes those of :meth:`classify`; in training they are of z1.
         """
-        given, sampled = _without_labels(inputs), self.training if sample_posterior is None else sample_posterior
+        given, sampled = without_labels(inputs), self.training if sample_posterior is None else sample_posterior
         with torch.no_grad():
             q = self.below.posterior(**given)
             z = self._draw_below(q, noise_key, sampled)
@@ -205,14 +205,10 @@ class StackedVAE(ClassVAE):
             chunk_size: there for what calls any model alike; samples are decoded one after the other.
         """
         at_least("num_samples", num_samples, 1)
-        given = _without_labels(inputs)
+        given = without_labels(inputs)
         q, total = self.below.posterior(**given), torch.full((), -math.inf, device=self.device)
         for n in range(num_samples):
             z = self._draw_below(q, noise_key, first=n)
             log_pz = super().log_marginal(1, noise_key=None if noise_key is None else fold(noise_key, n), below_latents=z[0, 0])
             total = torch.logaddexp(total, self._scored(z, q, given)[0] + log_pz)
         return total - math.log(num_samples)
-
-
-def _without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name != "labels"}
