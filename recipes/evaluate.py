@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
 from mmvae import MMVAE
 from mmvae.baselines import check_label, evaluate_by_training_rows
@@ -112,26 +112,8 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     if isinstance(columns[0], ImageColumn) and not joint:
         transform = binarization(model.config.binarize)
     writes = isinstance(columns[0], TextColumn) and not joint
-    for option in ("reference_lm", "samples_file"):
-        if getattr(args, option) and not writes:
-            raise ValueError(f"{option}: received {getattr(args, option)!r} for a {type(model).__name__}, expected a text VAE")
-    for option, expected in (("judge", None), ("conditional_samples", 0)):
-        if getattr(args, option) and not joint:
-            raise ValueError(f"{option}: received {getattr(args, option)!r} for a {type(model).__name__}, expected {expected}, or an MMVAE")
-    if args.reference_lm and min(args.num_generated, len(data)) < 2:
-        raise ValueError(f"reference_lm: {min(args.num_generated, len(data))} samples to score, expected at least 2 (num_generated, rows)")
-    if writes and args.num_generated == 1:
-        raise ValueError(f"num_generated: received 1 for a {type(model).__name__}, expected 0, or at least 2 samples to compare")
-    if writes and args.num_generated and len(data) < 2:
-        logger.warning("no figures of what the model writes: received %d row, expected at least 2", len(data))
-    reference = None
-    if args.reference_lm:
-        reference = AutoModel.from_pretrained(args.reference_lm, dtype="float32").to(accelerator.device)
-        check_language_model(reference)
-        reference = reference, AutoProcessor.from_pretrained(args.reference_lm)
-    if args.suppress_unknown and not (writes and unknown_alone(processor)):
-        token = f" whose unknown token is {processor.unk_token!r}" if writes else ""
-        raise ValueError(f"suppress_unknown: received True for a {type(model).__name__}{token}, expected a text VAE with one of its own")
+    refuse_unsuited(args, model, processor, writes, len(data))
+    reference = language_model(args.reference_lm, accelerator) if args.reference_lm else None
     unwritten = [processor.unk_token_id] if args.suppress_unknown else None
     rows = Rows(data, columns, name=args.dataset, on_bad_row=args.on_bad_row, num_workers=args.num_workers)
     loader = Loader(rows, args.batch_size, shuffle=False, rank=accelerator.process_index, world_size=accelerator.num_processes)
@@ -147,21 +129,11 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
         figures |= evaluate_joint(accelerator, model, processor, rows, truths, num_beams=args.num_beams, **judging, **options)
     if writes and min(args.num_generated, len(data)) > 1:
         options = {"num_generated": min(args.num_generated, len(data)), "num_beams": args.num_beams, "seed": args.seed}
-        options |= {"max_new_tokens": args.max_new_tokens, "suppress_tokens": unwritten}
-        try:
-            known = splits(args.dataset, on_bad_row=args.on_bad_row)["train"]
-            known = list(texts_of(known, columns[0].name, missing=True, on_bad_row="skip"))
-            written = (processor(text, return_tensors="pt")["input_ids"] for text in known)
-            options |= {"known": [decode_text(processor, ids)[0] for ids in written]}  # as the model writes
-        except ValueError as error:  # a data set without training rows, or with broken ones
-            logger.warning("no share of samples that repeat a training row: %s", error)
-        options |= {"reference": reference}
+        options |= {"max_new_tokens": args.max_new_tokens, "suppress_tokens": unwritten, "reference": reference}
+        options |= known_sentences(args, processor, columns[0].name)
         figures |= evaluate_sentences(accelerator, model, processor, rows, data[columns[0].name][:], **options)
     if args.samples_file:
-        drawn = samples(accelerator, model, processor, args.num_samples, args.max_new_tokens, unwritten, seed=args.seed)
-        if accelerator.is_main_process:
-            lines = (json.dumps({columns[0].name: text}) + "\n" for text in drawn)
-            Path(args.samples_file).write_text("".join(lines), encoding="utf-8")
+        write_samples(accelerator, args, model, processor, columns[0].name, unwritten)
     options = {"training_rows": lambda: splits(args.dataset, on_bad_row=args.on_bad_row)["train"], "label": args.label}
     options |= {"num_generated": args.num_generated, "seed": args.seed}
     figures |= evaluate_by_training_rows(accelerator, model, processor, rows, data, **options)
@@ -171,6 +143,53 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     told |= {"latents": latents_from(model)} if math.prod(model.latent_shape) else {}  # of what it makes when nothing is given
     told |= {"suppress_unknown": True} if args.suppress_unknown else {}
     return names | told | {"metrics": figures}
+
+
+def refuse_unsuited(args: EvaluationArguments, model: PreTrainedModel, processor: Any, writes: bool, rows: int) -> None:
+    """Refuse options that the model has no use for, or for which there are too few rows: ValueError. ``writes``: it is a text VAE."""
+    kind = type(model).__name__
+    for option in ("reference_lm", "samples_file"):
+        if getattr(args, option) and not writes:
+            raise ValueError(f"{option}: received {getattr(args, option)!r} for a {kind}, expected a text VAE")
+    for option, expected in (("judge", None), ("conditional_samples", 0)):
+        if getattr(args, option) and not isinstance(model, MMVAE):
+            raise ValueError(f"{option}: received {getattr(args, option)!r} for a {kind}, expected {expected}, or an MMVAE")
+    if args.reference_lm and min(args.num_generated, rows) < 2:
+        raise ValueError(f"reference_lm: {min(args.num_generated, rows)} samples to score, expected at least 2 (num_generated, rows)")
+    if writes and args.num_generated == 1:
+        raise ValueError(f"num_generated: received 1 for a {kind}, expected 0, or at least 2 samples to compare")
+    if writes and args.num_generated and rows < 2:
+        logger.warning("no figures of what the model writes: received %d row, expected at least 2", rows)
+    if args.suppress_unknown and not (writes and unknown_alone(processor)):
+        token = f" whose unknown token is {processor.unk_token!r}" if writes else ""
+        raise ValueError(f"suppress_unknown: received True for a {kind}{token}, expected a text VAE with one of its own")
+
+
+def language_model(name: str, accelerator: Accelerator) -> tuple[PreTrainedModel, Any]:
+    """A text model of latent_dim 0, and its tokenizer."""
+    model = AutoModel.from_pretrained(name, dtype="float32").to(accelerator.device)
+    check_language_model(model)
+    return model, AutoProcessor.from_pretrained(name)
+
+
+def known_sentences(args: EvaluationArguments, processor: Any, column: str) -> dict[str, list[str]]:
+    """The training rows as the model would write them, ``known`` of the sentences' figures; nothing where they cannot be read."""
+    try:
+        texts = list(texts_of(splits(args.dataset, on_bad_row=args.on_bad_row)["train"], column, missing=True, on_bad_row="skip"))
+        return {"known": [decode_text(processor, processor(text, return_tensors="pt")["input_ids"])[0] for text in texts]}
+    except ValueError as error:  # a data set without training rows, or with broken ones
+        logger.warning("no share of samples that repeat a training row: %s", error)
+        return {}
+
+
+def write_samples(
+    accelerator: Accelerator, args: EvaluationArguments, model: PreTrainedModel, tokenizer: Any, column: str, unwritten: list[int] | None
+) -> None:
+    """Sentences of a text VAE, as a data set."""
+    drawn = samples(accelerator, model, tokenizer, args.num_samples, args.max_new_tokens, unwritten, seed=args.seed)
+    if accelerator.is_main_process:
+        lines = (json.dumps({column: text}) + "\n" for text in drawn)
+        Path(args.samples_file).write_text("".join(lines), encoding="utf-8")
 
 
 def unknown_alone(tokenizer: Any) -> bool:
