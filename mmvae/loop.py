@@ -9,6 +9,7 @@ import json
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -82,6 +83,7 @@ class Run:
     saved: tuple[int, int] = (0, 0)  # (step, step of the last evaluation) of the last checkpoint
     last: Path | None = None
     damaged: list[Path] = field(default_factory=list)  # checkpoints that were passed over
+    history_whole: bool | None = None  # whether history.jsonl has every line, None before it is written
     origin: str | None = None  # the checkpoint of another folder that it began with
     seconds: float = 0.0
     lap: tuple[float, int, int] = (0.0, 0, 0)  # time, steps, rows since when rates are counted
@@ -206,8 +208,7 @@ class Run:
         self.accelerator.log(values | rates, step=at.step)
         if not self.accelerator.is_main_process:
             return
-        with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.write_history()
         text = "  ".join(f"{name.removeprefix('train/')} {value:.5g}" for name, value in (values | rates).items())
         if self.bar.disable or not rates:
             self.say(f"step {at.step}  epoch {at.epoch}  {text}")
@@ -215,6 +216,22 @@ class Run:
             self.bar.set_postfix_str(text)
         if self.on_log is not None:
             self.on_log(line)
+
+    def write_history(self) -> None:
+        """Append the last line to ``history.jsonl``; write all of it first, and after the disk refused one: the checkpoint has it too."""
+        path, draft, whole = self.folder / "history.jsonl", self.folder / ".history.jsonl", self.history_whole
+        lines = "".join(json.dumps(line) + "\n" for line in self.progress.history[-1 if whole else 0 :])
+        self.history_whole = True
+        try:
+            with (path if whole else draft).open("a" if whole else "w", encoding="utf-8") as file:
+                file.write(lines)
+            if not whole:
+                draft.replace(path)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            self.history_whole = False
+            if whole is not False:
+                warnings.warn(f"{path}: cannot be written: {error}: the run goes on, and writes it when it can", stacklevel=2)
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -287,10 +304,7 @@ class Run:
             self.progress, self.seconds, self.last = progress, clock["seconds"], source
             self.saved = (progress.step, progress.evaluated)
         if self.accelerator.is_main_process:
-            lines = [json.dumps(line) + "\n" for line in self.progress.history]
-            draft = self.folder / ".history.jsonl"
-            draft.write_text("".join(lines), encoding="utf-8")
-            draft.replace(self.folder / "history.jsonl")
+            self.write_history()
             self.say(f"resumed from {source}" if source else f"starting from step 0 in {self.folder}")
         self.accelerator.wait_for_everyone()
 

@@ -228,6 +228,21 @@ def test_history_is_the_mean_over_each_window(tmp_path):
     assert lines == logged == result.history
 
 
+def test_a_disk_that_refuses_the_history_is_told_once_and_ends_no_run(tmp_path):
+    def fill(n):
+        if n == 1:
+            (tmp_path / "history.jsonl").unlink()
+            (tmp_path / "history.jsonl").symlink_to("/dev/full")
+        if n in (1, 2):
+            (tmp_path / ".history.jsonl").symlink_to("/dev/full")
+
+    with pytest.warns(UserWarning, match=r"history.jsonl: cannot be written: \[Errno 28\] No space left on device") as told:
+        result, _ = run(tmp_path, hook=fill, log_every=1)
+    assert len(told) == 1
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert result.step == 6 and lines == result.history
+
+
 def test_fit_sees_every_row_once_per_epoch_in_the_order_of_the_loader(tmp_path):
     accelerator, step, loader, arguments = make(num_epochs=3)
     ledger = []
