@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmvae.folder import FolderError, clear_temporary, read_manifest, seal, sha256, sync, umask, write_text
+from mmvae.processes import make_folder
 from mmvae.tree import compare, join, split
 
 __all__ = ["CheckpointError", "choose", "compare", "find", "load", "newest", "save", "verify"]
@@ -92,9 +93,7 @@ def save(
     root = Path(root)
     temporary = root / f".tmp-{step}-{os.getpid()}"
     try:
-        if not root.exists():
-            root.mkdir(parents=True)
-            sync(root.parent)
+        make_folder(root)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         files = _write_state(temporary, state)

@@ -77,6 +77,18 @@ class Signals:
             os._exit(128 + number)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and what it lies in where they are missing, each flushed to the disk with its name."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 @contextlib.contextmanager
 def locked(folder: Path, patience: float = 10.0) -> Iterator[str | None]:
     """Make a folder, see that it can be written, and keep other processes out of it; yields why not, or None.
@@ -89,7 +101,7 @@ def locked(folder: Path, patience: float = 10.0) -> Iterator[str | None]:
         patience: seconds to wait for another process, which may be about to end.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         file = (folder / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         yield f"{folder}: cannot be written: {error}"

@@ -75,6 +75,15 @@ def test_a_run_that_is_about_to_end_is_waited_for(tmp_path, start):
         assert holder.wait() == 0
 
 
+def test_a_folder_that_is_made_is_flushed_with_its_name(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    for expected in ({str(tmp_path), str(tmp_path / "a")}, set()):
+        with locked(tmp_path / "a" / "b") as refusal:
+            assert refusal is None and set(flushed) == expected
+        flushed.clear()
+
+
 @pytest.mark.parametrize("kind", ["file", "closed"])
 def test_a_folder_that_cannot_be_written_fails_before_the_first_step(tmp_path, kind):
     (tmp_path / "file").write_text("")
