@@ -10,12 +10,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from folder_mutations import CONFIGS, IMAGE, TEXT, every_field, run
+from folder_mutations import CONFIGS, IMAGE, TEXT, TOPICS, every_field, run
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 
-from mmvae import MMVAE, ImageVAE, ImageVAEConfig, ImageVAEForImageClassification, MMVAEConfig, StackedVAE, TextVAE, TextVAEConfig
+import mmvae
+from mmvae import (
+    MMVAE,
+    ImageVAE,
+    ImageVAEConfig,
+    ImageVAEForImageClassification,
+    ImageVAEImageProcessor,
+    MMVAEConfig,
+    MMVAEProcessor,
+    StackedVAE,
+    TextVAE,
+    TextVAEConfig,
+    TopicVAE,
+    TopicVAEConfig,
+    TopicVAEVectorizer,
+)
+from mmvae.density_fitting import fit_densities
 from mmvae.folder import FolderError, verify
+from mmvae.processing import train_tokenizer
 
 GOLDEN = sorted(Path(__file__).parent.glob("golden/*/*/config.json"))
 
@@ -263,11 +280,15 @@ def test_a_round_trip_changes_no_byte_and_shards_go(folder, tmp_path):
 
 @pytest.mark.parametrize("config", GOLDEN, ids=lambda path: "/".join(path.parts[-3:-1]))
 def test_folders_of_older_versions_give_the_same_figures(config):
-    """`expected.json` holds what the model gave when it was saved: latents of fixed inputs."""
-    model = AutoModel.from_pretrained(config.parent)
+    """`expected.json` holds what was given when the folder was saved: latents, logits, log-densities, and what a processor made."""
+    architecture = json.loads(config.read_text())["architectures"][0]
+    received = golden_figures(getattr(mmvae, architecture).from_pretrained(config.parent), config.parent)
     expected = json.loads((config.parent / "expected.json").read_text())
-    received = model.posterior(**golden_inputs(model)).mixture.mean
-    torch.testing.assert_close(received, torch.tensor(expected["latent_mean"]), rtol=1e-4, atol=1e-5)
+    assert received.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            torch.tensor(received[name]), torch.tensor(value), rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_models_inside_of_others_tell_no_path_and_get_the_dtype_that_is_asked_for(folder, tmp_path):
@@ -289,15 +310,56 @@ def golden_inputs(model) -> dict[str, torch.Tensor]:
     """Fixed inputs of the small models of `golden/`."""
     inputs = {"pixel_values": torch.linspace(0, 1, 128).view(2, 1, 8, 8), "input_ids": torch.tensor([[1, 5, 6, 2], [1, 7, 2, 0]])}
     inputs["attention_mask"] = (inputs["input_ids"] != 0).long()
+    inputs["word_counts"] = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0]])
     return {name: value for name, value in inputs.items() if name in model.input_names}
 
 
+def golden_figures(model, place: Path) -> dict[str, list]:
+    """What a model gives of fixed inputs, and what the processor that lies beside it makes of fixed data."""
+    inputs = golden_inputs(model)
+    figures = {"latent_mean": model.base_model.posterior(**inputs).mixture.mean}
+    if "Classification" in type(model).__name__:
+        figures["logits"] = model(**inputs).logits
+    for name, density in model.base_model.densities.items():
+        size, given = model.density_dims(name)
+        figures[f"densities/{name}"] = density.log_prob(
+            torch.linspace(-1, 1, 3 * size).view(3, size), torch.ones(3, given) if given else None
+        )
+    if any((place / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
+        image = torch.arange(300, dtype=torch.uint8).view(3, 10, 10)
+        given = {"text": ["goal vote goal", "a game"]} if "word_counts" in inputs else {"images": [image, image.flip(2)]}
+        given |= {"text": ["goal vote", "game"]} if "input_ids" in inputs else {}
+        figures |= AutoProcessor.from_pretrained(place)(**given, return_tensors="pt")
+    return {name: value.tolist() for name, value in figures.items()}
+
+
+def golden_models() -> dict[str, tuple]:
+    """Small models of every kind with the processors that are saved beside them."""
+    image, text = ImageVAEConfig(**IMAGE), TextVAEConfig(**TEXT)
+    images, texts = ImageVAEImageProcessor(size={"height": 8, "width": 8}, num_channels=1), train_tokenizer(["goal vote game"])
+    joint = MMVAE(
+        MMVAEConfig(modalities={"image": ImageVAEConfig(**IMAGE | {"latent_dim": 3}), "text": text}, latent_dim=2, aggregation="poe")
+    )
+    rows = {"pixel_values": torch.rand(40, 1, 8, 8), "input_ids": torch.randint(4, 20, (40, 4)), "attention_mask": torch.ones(40, 4).long()}
+    flow = {"kind": "flow", "transforms": 1, "hidden_sizes": [4], "training": {"steps": 5}}
+    fit_densities(joint, [rows], {"shared": {"kind": "mixture", "num_components": 2}, "private_image": flow})
+    words = TopicVAEVectorizer.fit(["goal game", "vote goal", "game vote"])
+    return {
+        "image": (ImageVAE(image),),
+        "text": (TextVAE(text),),
+        "joint": (MMVAE(MMVAEConfig(modalities={"image": image, "text": text})),),
+        "topics": (TopicVAE(TopicVAEConfig(**TOPICS | {"vocabulary": words.vocabulary})), words),
+        "stacked": (StackedVAE.over(ImageVAE(image), num_classes=3, latent_dim=2, hidden_size=4),),
+        "head": (ImageVAEForImageClassification(ImageVAEConfig(**IMAGE, num_labels=3)), images),
+        "densities": (joint, MMVAEProcessor({"image": images, "text": texts})),
+    }
+
+
 def make_golden(place: Path) -> None:
-    """Write the folders of a release, once: ``python -c "from test_folder import *; make_golden(Path('tests/golden/0.1'))"``."""
+    """Write folders of a release that are missing: ``python -c "from test_folder import *; make_golden(Path('tests/golden/0.1'))"``."""
     torch.manual_seed(0)
-    both = {"image": ImageVAEConfig(**IMAGE), "text": TextVAEConfig(**TEXT)}
-    models = {"image": ImageVAE(both["image"]), "text": TextVAE(both["text"]), "joint": MMVAE(MMVAEConfig(modalities=both))}
-    for name, model in models.items():
-        model.eval().save_pretrained(place / name)
-        mean = model.posterior(**golden_inputs(model)).mixture.mean
-        (place / name / "expected.json").write_text(json.dumps({"latent_mean": mean.tolist()}))
+    for name, parts in golden_models().items():
+        if not (place / name).exists():
+            for part in parts:
+                part.save_pretrained(place / name)
+            (place / name / "expected.json").write_text(json.dumps(golden_figures(parts[0].eval(), place / name)))
