@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from PIL import Image
 
 from mmvae.data import BadRow, LabelColumn, find_classes, find_column, load_rows, read_labels, splits
-from mmvae.data.loading import content_fingerprint, features_of
+from mmvae.data.contents import content_fingerprint
+from mmvae.data.loading import features_of
 from mmvae.data.selection import file_row, select
 
 REAL = os.environ.get("MMVAE_TEST_DATA")
@@ -75,6 +77,26 @@ def test_hidden_files_are_no_part_of_the_fingerprint(tmp_path):
         (file.parent / name).write_text("x")
         assert content_fingerprint(str(file.parent)) == fingerprint
     (file.parent / "more.txt").write_text("x")
+    assert content_fingerprint(str(file.parent)) != fingerprint
+
+
+@pytest.mark.parametrize("size", [2**15, 2**26 + 1])
+def test_a_change_in_the_middle_of_a_file_is_seen_and_a_copy_is_the_same(tmp_path, size):
+    for name in ("set", "copy"):
+        (tmp_path / name).mkdir()
+    file = tmp_path / "set" / "train.txt"
+    with file.open("wb") as stream:
+        stream.truncate(size)
+    os.utime(file, ns=(0, 10**18))
+    fingerprint = content_fingerprint(str(file.parent))
+    with (tmp_path / "copy" / "train.txt").open("wb") as stream:
+        stream.truncate(size)
+    if size > 2**26:
+        shutil.copystat(file, tmp_path / "copy" / "train.txt")
+    assert content_fingerprint(str(tmp_path / "copy")) == fingerprint
+    with file.open("r+b") as stream:
+        stream.seek(size // 2)
+        stream.write(b"x")
     assert content_fingerprint(str(file.parent)) != fingerprint
 
 

@@ -19,7 +19,6 @@ a ``metadata.csv`` beside pictures, the words "NA", "None", "null" and their lik
 
 import functools
 import glob
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -281,31 +280,3 @@ def _fits(feature: Any, kind: str) -> bool:
 
 def _describe(feature: Any) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
-
-
-def content_fingerprint(name: str, rows: Any = None) -> str:
-    """A digest that changes when data that is too large to be read at once changes, the same for every rank and run.
-
-    Of each local file that is not hidden the name, the size and the first and last 4 KiB; of a Hub id the id and the
-    fingerprint that `datasets` gives it.
-
-    Arguments:
-        name: what the data set was loaded by.
-        rows: the loaded set, where it has a fingerprint of its own.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256(name.encode() if not Path(name).exists() else b"")
-    path = Path(name).expanduser()
-    shown = (file for file in sorted(path.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(path).parts))
-    files = [file for file in shown if file.is_file()] if path.is_dir() else [path] * path.is_file()
-    for file in files:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            head = stream.read(4096)
-            stream.seek(max(size - 4096, 0))
-            digest.update(repr((str(file.relative_to(path)), size, head, stream.read(4096))).encode())
-    if not files:
-        digest.update(str(getattr(rows, "_fingerprint", "")).encode())
-    return digest.hexdigest()

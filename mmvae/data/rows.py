@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from mmvae.data.columns import Column, ImageColumn, Ragged, TooLong
+from mmvae.data.contents import content_fingerprint
 from mmvae.data.lines import BadRow, NoneKept
-from mmvae.data.loading import content_fingerprint, features_of
+from mmvae.data.loading import features_of
 from mmvae.data.masks import MaskColumn
 from mmvae.data.missing import check_drop, hide
 from mmvae.data.preparation import CHUNK, in_chunks, not_null, prepare_good
