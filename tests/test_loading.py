@@ -100,6 +100,13 @@ def test_a_change_in_the_middle_of_a_file_is_seen_and_a_copy_is_the_same(tmp_pat
     assert content_fingerprint(str(file.parent)) != fingerprint
 
 
+def test_a_mark_of_the_byte_order_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.txt").write_bytes("\ufeffthe cat\nthe dog\n".encode())
+    for streaming in (False, True):
+        assert [row["text"] for row in load_rows(str(tmp_path / "set"), streaming=streaming)] == ["the cat", "the dog"]
+
+
 def test_picture_folder(tmp_path):
     for kind in ("cat", "dog"):
         (tmp_path / "set" / "train" / kind).mkdir(parents=True)

@@ -27,6 +27,7 @@ import datasets
 import pyarrow
 import torch
 from datasets.packaged_modules.csv.csv import CsvConfig
+from datasets.packaged_modules.text.text import TextConfig
 from huggingface_hub.errors import HFValidationError
 
 from mmvae.data.digits import add_words
@@ -177,6 +178,8 @@ def _builder(path: Path, dataset: str, options: dict[str, Any]) -> datasets.Data
     config = builder.config
     if isinstance(config, CsvConfig) and config.keep_default_na and config.na_values is None:
         return datasets.load_dataset_builder(source, **_WORDS | options)
+    if isinstance(config, TextConfig) and config.encoding == "utf-8":
+        return datasets.load_dataset_builder(source, **{"encoding": "utf-8-sig"} | options)  # without a byte order mark
     return builder
 
 
