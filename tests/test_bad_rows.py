@@ -115,6 +115,50 @@ def test_too_many_bad_rows_stop_a_run_and_are_listed(tmp_path):
     assert make_loaders(accelerator, SimpleNamespace(**args, most_bad_rows=0.01), rows)["train"].num_rows == 1, "one is always allowed"
 
 
+def in_two(folder, first, second, ending="jsonl"):
+    """A training split of two files."""
+    folder.mkdir()
+    for n, lines in enumerate((first, second)):
+        (folder / f"train-{n:05d}-of-00002.{ending}").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+def test_bad_rows_are_told_with_their_file_their_line_and_what_is_wrong_with_it(tmp_path):
+    second = ['{"text": "w1"}', '{"text": 7}', '{"text": "w1" oh}', '{"text": null}']
+    name = in_two(tmp_path / "data", ['{"text": "w1"}', '{"text": oh}'], second)
+    rows = Rows(load_rows(name, on_bad_row="skip"), TextColumn("text", tokenizer("w1")), name=name, on_bad_row="skip")
+    one, two = (f"train-0000{n}-of-00002.jsonl" for n in (0, 1))
+    told = [
+        f"row 1 ({one}: line 2, column 10: Expecting value)",
+        f"row 3 ({two}: line 2, field 'text': got number, expected str as in line 1 of {one})",
+        f"row 4 ({two}: line 3, column 15: Expecting ',' delimiter)",
+        f"row 5 ({two}: line 4)",
+    ]
+    assert list(rows.bad.values()) == [f"{name}: {place}, field 'text': got NoneType, expected text" for place in told]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_bad_row_of_several_tables_is_told_with_its_file(tmp_path, ending):
+    name = in_two(tmp_path / "data", ["text,n", '"w1\nw1",1', "w1,2"], ["text,n", "w1,1", ",2"], "csv")
+    if ending == "parquet":
+        for n in (0, 1):
+            file = tmp_path / "data" / f"train-0000{n}-of-00002.csv"
+            load_rows(str(file)).to_parquet(file.with_suffix(".parquet"))
+            file.unlink()
+    data = load_rows(name)
+    with pytest.raises(BadRow, match=rf"^{name}: row 3 \(train-00001-of-00002.{ending}: row 1\), field 'text': got NoneType"):
+        Rows(data, TextColumn("text", tokenizer("w1")), name=name)
+    with pytest.raises(BadRow, match=r"^mine: row 3, field"):
+        Rows(data, TextColumn("text", tokenizer("w1")), name="mine")
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip_empty"])
+def test_a_value_of_another_kind_in_a_later_file_is_refused(tmp_path, on_bad_row):
+    name = in_two(tmp_path / "data", ['{"text": "w1"}'], ['{"text": null}', '{"text": 7}'])
+    with pytest.raises(BadRow, match="train-00001-of-00002.jsonl: line 2, field .text.: got number, expected str as in line 1 of train-0"):
+        load_rows(name, on_bad_row=on_bad_row)
+
+
 def test_data_that_changed_has_another_fingerprint():
     column = TextColumn("text", tokenizer("w1 w2"))
     texts = [["w1", None, "w2"], [None, "w1", "w2"], ["w1", "w1", "w2"]]

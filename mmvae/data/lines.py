@@ -29,13 +29,20 @@ class NoneKept(ValueError):
         self.bad = bad
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+Kinds = dict[str, tuple[str, str | Path, int]]  # of the values of a column, and the file and line that first had one
+
+
+def read_lines(path: str | Path, kinds: Kinds | None = None) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Every line of a file with its number from 1: the object that it holds, or what is wrong with it.
 
     A column has the kind of value that it has where it first is one; whole numbers and others are one kind, null is of every kind. Empty
     lines at the end are none. Whole numbers that int64 cannot hold are float, as `datasets` reads them.
+
+    Arguments:
+        path: the file.
+        kinds: of the files before it in its split; what this one adds is put in.
     """
-    kinds: dict[str, tuple[str, int]] = {}
+    kinds = {} if kinds is None else kinds
     empty = 0
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -45,10 +52,10 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             for before in range(number - empty, number):
                 yield before, "column 1: got an empty line, expected an object"
             empty = 0
-            yield number, _parsed(line, number, kinds)
+            yield number, _parsed(line, path, number, kinds)
 
 
-def _parsed(line: bytes, number: int, kinds: dict[str, tuple[str, int]]) -> dict[str, Any] | str:
+def _parsed(line: bytes, path: str | Path, number: int, kinds: Kinds) -> dict[str, Any] | str:
     try:
         row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_int=_whole)
     except UnicodeDecodeError as error:
@@ -63,10 +70,11 @@ def _parsed(line: bytes, number: int, kinds: dict[str, tuple[str, int]]) -> dict
     if not isinstance(row, dict):
         return f"column 1: got {type(row).__name__}, expected an object"
     for name, value in row.items():
-        expected, since = kinds.get(name, (_kind(value), number))
+        expected, file, since = kinds.get(name, (_kind(value), path, number))
         if value is not None and (kind := _kind(value)) != expected:
-            return f"field {name!r}: got {kind}, expected {expected} as in line {since}"
-    kinds |= {name: (_kind(value), number) for name, value in row.items() if value is not None and name not in kinds}
+            of = "" if file == path else f" of {Path(file).name}"
+            return f"field {name!r}: got {kind}, expected {expected} as in line {since}{of}"
+    kinds |= {name: (_kind(value), path, number) for name, value in row.items() if value is not None and name not in kinds}
     return row
 
 
@@ -79,10 +87,12 @@ def _kind(value: Any) -> str:
     return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
 
 
-def broken_lines(paths: Iterable[str | Path]) -> Iterator[str]:
-    """What is wrong with lines of some files: "file: line 3, column 7: ..."."""
+def broken_lines(paths: Iterable[str | Path], only: str = "") -> Iterator[str]:
+    """What is wrong with lines of the files of a split, in order: "file: line 3, column 7: ..."; ``only`` what begins so after the line."""
+    kinds: Kinds = {}
     for path in paths:
-        yield from (f"{path}: line {number}, {row}" for number, row in read_lines(path) if isinstance(row, str))
+        told = ((number, row) for number, row in read_lines(path, kinds) if isinstance(row, str) and row.startswith(only))
+        yield from (f"{path}: line {number}, {why}" for number, why in told)
 
 
 def rows_of_lines(files: Mapping[str, Iterable[str | Path]], streaming: bool) -> dict[str, Any]:
@@ -112,10 +122,11 @@ def _alike(values: list[Any]) -> list[Any]:
 
 
 def _rows(paths: list[str]) -> Iterator[dict[str, Any]]:
+    kinds: Kinds = {}
     for path in paths:
         columns = next((row for _, row in read_lines(path) if not isinstance(row, str)), {})
         broken = 0
-        for number, row in read_lines(path):
+        for number, row in read_lines(path, kinds):
             if isinstance(row, str):
                 broken += 1
                 if broken == 1:

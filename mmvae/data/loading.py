@@ -78,7 +78,8 @@ def load_rows(dataset: str, split: str = "train", *, streaming: bool = False, on
 
     Raises:
         FileNotFoundError: ``dataset`` is a path and does not exist, or an id that the Hub does not give.
-        BadRow: a broken line of a ``.jsonl`` file, by file, line and column, or whatever else cannot be read; of a stream only later.
+        BadRow: a broken line of a ``.jsonl`` file, by file, line and column, or whatever else cannot be read; of a stream only later. A
+            value of another kind than those before it in its split, too: of a stream only where one file holds both.
         ValueError: the split does not exist, or a file is empty.
     """
     return _pick(_load(dataset, streaming, options, on_bad_row), split, dataset)
@@ -153,12 +154,16 @@ def _load_local(path: Path, dataset: str, streaming: bool, options: dict[str, An
     try:
         if streaming:
             return builder.as_streaming_dataset()
+        if not Path(builder.cache_dir).exists() and getattr(builder.config, "features", None) is None:
+            _refuse_broken(found, "field ")  # `datasets` makes "7" of a 7 in a later file than the texts
         how = {name: options[name] for name in ("download_config", "download_mode", "num_proc", "verification_mode") if name in options}
         builder.download_and_prepare(**how)
         return builder.as_dataset(in_memory=options.get("keep_in_memory", False))
     except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
-        for broken in broken_lines(file for file in files if file.suffix.lower() == ".jsonl"):
-            raise BadRow(broken) from error
+        try:
+            _refuse_broken(found)
+        except BadRow as broken:
+            raise broken from error
         raise BadRow(f"{dataset}: {error.__cause__ or error}") from error
 
 
@@ -198,6 +203,13 @@ def _refuse_empty(files: list[Path]) -> None:
     for file in files if tables else ():
         if file.is_file() and file.stat().st_size < 4096 and not file.read_bytes().strip():
             raise ValueError(f"{file} is empty, expected rows")
+
+
+def _refuse_broken(files: dict[str, list[str]], only: str = "") -> None:
+    """Name the first broken line of ``.jsonl`` files by split."""
+    for names in files.values():
+        for broken in broken_lines((name for name in names if name.lower().endswith(".jsonl")), only):
+            raise BadRow(broken)
 
 
 def _find(loaded: Iterable[str], split: str) -> str | None:

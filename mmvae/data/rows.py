@@ -27,8 +27,9 @@ from mmvae.data.lines import BadRow, NoneKept
 from mmvae.data.loading import features_of
 from mmvae.data.masks import MaskColumn
 from mmvae.data.missing import check_drop, hide
+from mmvae.data.places import place
 from mmvae.data.preparation import CHUNK, in_chunks, not_null, prepare_good
-from mmvae.data.selection import called, file_row, place, selected
+from mmvae.data.selection import called, file_row, selected
 from mmvae.data.sprites import Sprites
 from mmvae.models.configuration import input_name
 

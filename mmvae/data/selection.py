@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
-
 
 def select(dataset: Any, rows: Sequence[int]) -> Any:
     """``dataset.select(rows)`` of which :func:`file_row` knows the numbers: of rows in sequence `datasets` forgets where they were."""
@@ -29,9 +27,3 @@ def called(dataset: Any, name: str) -> str:
     """What messages call a data set: its name, and its split where that is not the training one, of which a held-out part is."""
     split = str(getattr(dataset, "split", None) or "train")
     return name if split == "train" else f"{name}, {split}"
-
-
-def place(dataset: Any, name: str, row: int) -> str:
-    """What an error calls a row: the data set, and the row's number in its file, or in a stream, of which rows may be held out."""
-    told = f"{called(dataset, name)}: row {file_row(dataset, row)}"
-    return f"{told} of the stream" if isinstance(dataset, datasets.IterableDataset) else told

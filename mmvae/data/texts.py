@@ -5,7 +5,7 @@ from typing import Any
 
 from mmvae.data.columns import check_text
 from mmvae.data.lines import BadRow
-from mmvae.data.selection import place
+from mmvae.data.places import place
 
 
 def texts_of(
