@@ -264,6 +264,25 @@ def test_lines_of_mixed_values_are_the_same_where_bad_rows_are_skipped(tmp_path,
     assert "nothing is wrong" in checked(tmp_path / "train.jsonl", capsys, monkeypatch)
 
 
+def test_a_damaged_table_hides_no_other(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, bad in (("train", ""), ("validation", "w1,1,2,3"), ("test", "w1,1,2")):
+        (folder / f"{split}.csv").write_text("\n".join(["text,label", "w1,1", bad or ",2"]) + "\n")
+    told = checked(folder, capsys, monkeypatch)
+    assert "train.csv: row 1, field 'text': got NoneType" in told and "\n3 problems" in told
+    assert all(f"{split}.csv: Error tokenizing data" in told for split in ("validation", "test"))
+
+
+def test_pictures_that_are_not_listed_and_dead_links_are_told(tmp_path, capsys, monkeypatch):
+    captioned(tmp_path / "data" / "train")
+    (tmp_path / "data" / "train" / "more.png").write_bytes(picture(0))
+    (tmp_path / "data" / "train" / "gone.png").symlink_to("/nowhere.png")
+    told = checked(tmp_path / "data", capsys, monkeypatch)
+    assert "more.png: is not listed in the metadata file" in told
+    assert "gone.png: leads to /nowhere.png, which does not exist" in told and "\n2 problems" in told
+
+
 def test_the_built_in_data_is_checked(capsys, monkeypatch):
     assert "nothing is wrong" in checked("sprites:1:20", capsys, monkeypatch)
 
