@@ -123,6 +123,9 @@ def make_loaders(accelerator: Accelerator, args: RunArguments, rows: Mapping[str
         if part.num_rows and len(part.bad) > max(1, args.most_bad_rows * (part.num_rows + len(part.bad))):
             expected = f"expected at most {args.most_bad_rows:.1%} (--most_bad_rows); the first: {next(iter(part.bad.values()))}"
             raise BadRow(f"{args.dataset}, {split}: got {len(part.bad)} bad rows beside {part.num_rows} good ones, {expected}")
+    for split, part in rows.items():
+        if counts := part.num_present():
+            logger.info("%s: %d rows, %s", split, part.num_rows, ", ".join(f"{name} {count}" for name, count in counts.items()))
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     return {split: Loader(part, args.batch_size, shuffle=split == "train", seed=args.seed, **place) for split, part in rows.items()}
 

@@ -115,6 +115,16 @@ def test_too_many_bad_rows_stop_a_run_and_are_listed(tmp_path):
     assert make_loaders(accelerator, SimpleNamespace(**args, most_bad_rows=0.01), rows)["train"].num_rows == 1, "one is always allowed"
 
 
+def test_rows_of_every_modality_are_told_before_training(tmp_path, caplog):
+    data = datasets.Dataset.from_dict({"text": ["w1", None, "w1", None, "<pad>"], "more": ["w1", "w1", None, None, "w1"]})
+    columns = [TextColumn(name, tokenizer("w1"), prefix=name, modality=name) for name in ("text", "more")]
+    rows = {"train": Rows(data, columns, on_bad_row="skip")}
+    args = {"on_bad_row": "skip", "output_dir": str(tmp_path), "dataset": "mine", "batch_size": 2, "seed": 0, "most_bad_rows": 0.5}
+    with caplog.at_level(logging.INFO):
+        make_loaders(SimpleNamespace(is_main_process=True, process_index=0, num_processes=1), SimpleNamespace(**args), rows)
+    assert "train: 3 rows, text 2, more 2" in caplog.text
+
+
 def in_two(folder, first, second, ending="jsonl"):
     """A training split of two files."""
     folder.mkdir()

@@ -170,6 +170,10 @@ class Rows:
             shown = "bad rows" if rows is None else f"{len(self.bad)} of {rows} rows"
             logger.warning("%s: skipping %s; the first: %s", called(self._dataset, self.name), shown, next(iter(self.bad.values())))
 
+    def num_present(self) -> dict[str, int]:
+        """How many of the rows that are kept have each modality; of a stream nothing."""
+        return {} if self.numbers is None else dict(zip(self.modalities, self._present[self.numbers].sum(0).tolist(), strict=True))
+
     @property
     def in_memory(self) -> bool:
         """Whether every column is prepared, so that a batch needs no decoding."""
