@@ -119,15 +119,20 @@ def make_loaders(accelerator: Accelerator, args: RunArguments, rows: Mapping[str
     if told and args.on_bad_row == "skip" and accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         Path(args.output_dir, "bad_rows.txt").write_text("".join(told), encoding="utf-8")
-    for split, part in rows.items() if args.on_bad_row == "skip" else ():
-        if part.num_rows and len(part.bad) > max(1, args.most_bad_rows * (part.num_rows + len(part.bad))):
-            expected = f"expected at most {args.most_bad_rows:.1%} (--most_bad_rows); the first: {next(iter(part.bad.values()))}"
-            raise BadRow(f"{args.dataset}, {split}: got {len(part.bad)} bad rows beside {part.num_rows} good ones, {expected}")
+    check_bad_rows(args, rows)
     for split, part in rows.items():
         if counts := part.num_present():
             logger.info("%s: %d rows, %s", split, part.num_rows, ", ".join(f"{name} {count}" for name, count in counts.items()))
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     return {split: Loader(part, args.batch_size, shuffle=split == "train", seed=args.seed, **place) for split, part in rows.items()}
+
+
+def check_bad_rows(args: Any, rows: Mapping[str, Rows]) -> None:
+    """Refuse splits of which more was left out than ``args.most_bad_rows`` allows: BadRow."""
+    for split, part in rows.items() if args.on_bad_row == "skip" else ():
+        if part.num_rows and len(part.bad) > max(1, args.most_bad_rows * (part.num_rows + len(part.bad))):
+            expected = f"expected at most {args.most_bad_rows:.1%} (--most_bad_rows); the first: {next(iter(part.bad.values()))}"
+            raise BadRow(f"{args.dataset}, {split}: got {len(part.bad)} bad rows beside {part.num_rows} good ones, {expected}")
 
 
 def image_processor(column: ImageColumn) -> ImageVAEImageProcessor:

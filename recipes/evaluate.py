@@ -35,7 +35,7 @@ from mmvae.coherence import evaluate_joint
 from mmvae.data import ImageColumn, Loader, Rows, TextColumn, load_rows, splits, texts_of
 from mmvae.density_fitting import latents_from
 from mmvae.evaluation import binarization, evaluate_conditional, evaluate_vae
-from mmvae.experiment import build_accelerator, parse
+from mmvae.experiment import build_accelerator, check_bad_rows, parse
 from mmvae.judge import Judge
 from mmvae.modalities import read_columns
 from mmvae.pictures import table
@@ -59,6 +59,7 @@ class EvaluationArguments:
     max_length: int = 512
     truncate: bool = False
     on_bad_row: str = field(default="skip_empty", metadata={"help": "error, skip_empty: leave out rows without any modality, or skip"})
+    most_bad_rows: float = field(default=0.01, metadata={"help": "share of bad rows beyond which --on_bad_row skip is refused"})
     num_workers: int = field(default=0, metadata={"help": "processes that decode pictures, once where they fit in memory"})
     batch_size: int = 100
     importance_samples: int = field(default=100, metadata={"help": "per row, for the log-likelihood; 0 leaves it out"})
@@ -81,6 +82,8 @@ class EvaluationArguments:
         for option, least in (zero | dict.fromkeys(("batch_size", "num_samples", "max_new_tokens", "num_beams"), 1)).items():
             if (value := getattr(self, option)) < least:
                 raise ValueError(f"{option}: received {value}, expected at least {least}")
+        if not 0 <= self.most_bad_rows <= 1:
+            raise ValueError(f"most_bad_rows: received {self.most_bad_rows}, expected a share in [0, 1]")
         if self.judge and self.dataset.split(":")[0] != "sprites":
             raise ValueError(f"judge: received {self.judge!r} with dataset {self.dataset!r}, expected sprites:LEVEL")
         if self.reference_lm and not self.num_generated:
@@ -116,6 +119,7 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     reference = language_model(args.reference_lm, accelerator) if args.reference_lm else None
     unwritten = [processor.unk_token_id] if args.suppress_unknown else None
     rows = Rows(data, columns, name=args.dataset, on_bad_row=args.on_bad_row, num_workers=args.num_workers)
+    check_bad_rows(args, {args.split: rows})
     loader = Loader(rows, args.batch_size, shuffle=False, rank=accelerator.process_index, world_size=accelerator.num_processes)
     began = time.perf_counter()
     options = {"num_samples": args.importance_samples, "seed": args.seed, "transform": transform}
@@ -140,6 +144,7 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     accelerator.free_memory()
     names = {"model": without_place(name), "dataset": without_place(args.dataset), "split": args.split}
     told = {"rows": loader.num_rows, "seed": args.seed, "seconds": round(time.perf_counter() - began, 1)}
+    told |= {"bad_rows": len(rows.bad)} if rows.bad else {}  # left out; recipes/check_data.py lists them
     told |= {"latents": latents_from(model)} if math.prod(model.latent_shape) else {}  # of what it makes when nothing is given
     told |= {"suppress_unknown": True} if args.suppress_unknown else {}
     return names | told | {"metrics": figures}

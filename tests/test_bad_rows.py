@@ -15,6 +15,7 @@ from bad_rows import make, picture, read
 from picture_mutations import run
 from test_columns import tokenizer
 
+from mmvae import ImageVAE, ImageVAEConfig, ImageVAEImageProcessor
 from mmvae.data import (
     BadRow,
     ImageColumn,
@@ -291,6 +292,22 @@ def test_pictures_that_are_not_listed_and_dead_links_are_told(tmp_path, capsys, 
     told = checked(tmp_path / "data", capsys, monkeypatch)
     assert "more.png: is not listed in the metadata file" in told
     assert "gone.png: leads to /nowhere.png, which does not exist" in told and "\n2 problems" in told
+
+
+def test_an_evaluation_refuses_too_many_bad_rows_and_counts_them(tmp_path, monkeypatch):
+    make(tmp_path / "data", "folder", 8, 1)
+    ImageVAE(ImageVAEConfig(image_size=8, num_channels=1, hidden_channels=[4], latent_dim=2)).save_pretrained(tmp_path / "model")
+    ImageVAEImageProcessor(size={"height": 8, "width": 8}, num_channels=1).save_pretrained(tmp_path / "model")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
+    evaluate = importlib.import_module("evaluate")
+    options = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "data"), "--split", "train", "--importance_samples", "0"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *options, "--on_bad_row", "skip"])
+    with pytest.raises(BadRow, match=r"data, train: got 1 bad rows beside 7 good ones, expected at most 1.0% \(most_bad_rows\)"):
+        evaluate.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--most_bad_rows", "0.2"])
+    evaluate.main()
+    record = json.loads((tmp_path / "model" / "evaluation-train.json").read_text())
+    assert (record["rows"], record["bad_rows"]) == (7, 1)
 
 
 def test_the_built_in_data_is_checked(capsys, monkeypatch):
