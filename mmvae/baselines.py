@@ -23,7 +23,8 @@ from mmvae.classifiers import labelled_coherence
 from mmvae.coherence import chunks
 from mmvae.data import Rows, TextColumn, find_column
 from mmvae.data.columns import whole
-from mmvae.data.selection import place, select
+from mmvae.data.places import place
+from mmvae.data.selection import select
 from mmvae.metrics import text_scores
 from mmvae.models.base import VAE
 from mmvae.models.mmvae import MMVAE

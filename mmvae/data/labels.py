@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mmvae.data.columns import LabelColumn, whole
 from mmvae.data.loading import features_of
+from mmvae.data.places import place
 from mmvae.data.rows import Rows
-from mmvae.data.selection import called, place
+from mmvae.data.selection import called
 from mmvae.noise import fold
 
 _SHOWN = 0x73686F77

@@ -1,8 +1,7 @@
 r"""A data set seen through columns: raw rows in, the model's inputs out.
 
-A map-style set is prepared once: text and labels always, pictures while they fit in ``memory_limit``; larger pictures
-are decoded when a batch asks for them. A stream (`datasets.IterableDataset`) is prepared batch by batch. Either way a
-row is decoded in one place, `Rows.batch`.
+A map-style set is prepared once: text and labels always, pictures while they fit in ``memory_limit``; larger pictures are decoded when a
+batch asks for them. A stream (`datasets.IterableDataset`) is prepared batch by batch. Either way a row is decoded in `Rows.batch`.
 
 In the columns that are modalities of a joint model a ``None`` is a modality that the row lacks: every batch holds every
 input, with fillers where it is absent, and ``present`` (B,M) says what is there. An empty text is a text.
@@ -44,8 +43,7 @@ class Rows:
     Arguments:
         dataset: a `datasets.Dataset`, a `datasets.IterableDataset` or `mmvae.data.Sprites`.
         columns: what to read; one column or several. Their inputs must have different names (``prefix``).
-        name: what the data set is called in errors, and for a stream what its fingerprint is made of: the id or path
-            it was loaded from.
+        name: what the data set is called in errors, and for a stream what its fingerprint is made of: the id or path it was loaded from.
         memory_limit: bytes that prepared pictures may take; 0 decodes them whenever a batch asks.
         drop: how often a modality is hidden on purpose, by name; see `mmvae.data.missing.hide`.
         drop_seed: decides in which rows.
@@ -148,9 +146,8 @@ class Rows:
         """What is present (B,M) after hiding, of some rows and of what is found in them, and which of them are kept (B,)."""
         if not (names := ", ".join(self._sources())):
             return found, torch.ones(len(rows), dtype=torch.bool)
-        alone = f", field {names!r}: got an empty cell, expected a value"
+        alone, keep = f", field {names!r}: got an empty cell, expected a value", found.any(1)
         why = f": got no modality, expected one of {names}" if self.modalities else alone
-        keep = found.any(1)
         for row in rows[~keep].tolist():
             self._refuse(row, why, ("skip", "skip_empty"))
         present = hide(found, rows, self.modalities, self._drop, self._drop_seed)
@@ -167,12 +164,12 @@ class Rows:
     def _tell_skipped(self, rows: int | None) -> None:
         if self.bad and -1 not in self._told:
             self._told.add(-1)
-            shown = "bad rows" if rows is None else f"{len(self.bad)} of {rows} rows"
-            logger.warning("%s: skipping %s; the first: %s", called(self._dataset, self.name), shown, next(iter(self.bad.values())))
+            shown, first = "bad rows" if rows is None else f"{len(self.bad)} of {rows} rows", next(iter(self.bad.values()))
+            logger.warning("%s: skipping %s; the first: %s", called(self._dataset, self.name), shown, first)
 
     def num_present(self) -> dict[str, int]:
-        """How many of the rows that are kept have each modality; of a stream nothing."""
-        return {} if self.numbers is None else dict(zip(self.modalities, self._present[self.numbers].sum(0).tolist(), strict=True))
+        """How many of the rows that are kept have each modality; of a stream, and of a model of one, nothing."""
+        return {name: int(self._present[self.numbers, m].sum()) for m, name in enumerate(self.modalities) if self.numbers is not None}
 
     @property
     def in_memory(self) -> bool:
