@@ -166,7 +166,7 @@ def test_evaluate_probes_the_latent_of_one_modality(pictures, vae, tmp_path):
     ("labels", "options", "message"),
     [
         (["a", "b", None], [], r"row 2, field 'label': got None, expected a number in 0...1 or one of a, b"),
-        (["a", "b", 3.5], [], "row 2, field 'label': received 3.5, expected names alone or whole numbers alone"),
+        (["a", "b", 3.5], [], "line 3, field 'label': got number, expected str as in line 1"),
         ([0.5, 1.0, 2.0], ["--joint", "true"], "row 0, field 'label': received 0.5, expected names alone or whole numbers alone"),
         ([True, False, True], [], "row 0, field 'label': received True, expected names alone or whole numbers alone"),
         ([0, -1, 1], ["--joint", "true"], r"row 1, field 'label': got -1, expected a number in 0...1"),

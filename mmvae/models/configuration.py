@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from mmvae.aggregation import AGGREGATIONS, Posterior
 from mmvae.folder import read_json
@@ -310,7 +310,7 @@ def inner(where: str, child: Any) -> PreTrainedConfig:
     try:
         if isinstance(child, Mapping) and kind not in _OF_OTHERS:
             refuse_from_files("its configuration", child)
-            child = AutoConfig.for_model(kind).from_dict(dict(child))
+            child = CONFIG_MAPPING[kind].from_dict(dict(child)) if kind in CONFIG_MAPPING else AutoConfig.for_model(**child)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{where}: {error}") from error
     if not isinstance(child, VAEConfig) or child.model_type in _OF_OTHERS:  # any other model may be of any size
