@@ -80,24 +80,24 @@ def test_hidden_files_are_no_part_of_the_fingerprint(tmp_path):
     assert content_fingerprint(str(file.parent)) != fingerprint
 
 
-@pytest.mark.parametrize("size", [2**15, 2**26 + 1])
-def test_a_change_in_the_middle_of_a_file_is_seen_and_a_copy_is_the_same(tmp_path, size):
-    for name in ("set", "copy"):
-        (tmp_path / name).mkdir()
-    file = tmp_path / "set" / "train.txt"
-    with file.open("wb") as stream:
-        stream.truncate(size)
-    os.utime(file, ns=(0, 10**18))
-    fingerprint = content_fingerprint(str(file.parent))
-    with (tmp_path / "copy" / "train.txt").open("wb") as stream:
-        stream.truncate(size)
-    if size > 2**26:
-        shutil.copystat(file, tmp_path / "copy" / "train.txt")
-    assert content_fingerprint(str(tmp_path / "copy")) == fingerprint
-    with file.open("r+b") as stream:
+@pytest.mark.parametrize(("size", "other"), [(2**15, 2**10), (2**28 + 1, 0), (2**15, 2**28)])
+def test_a_change_in_the_middle_of_a_file_is_seen_and_a_copy_is_the_same(size, other, tmp_path):
+    """Beyond 256 MiB of all files together the copy must keep the times, those of small files too."""
+    folder, copy = tmp_path / "set", tmp_path / "copy"
+    folder.mkdir()
+    for name, length in (("train.txt", size), ("test.txt", other)):
+        with (folder / name).open("wb") as stream:
+            stream.truncate(length)
+        os.utime(folder / name, ns=(0, 10**18))
+    fingerprint = content_fingerprint(str(folder))
+    shutil.copytree(folder, copy)
+    assert content_fingerprint(str(copy)) == fingerprint
+    os.utime(copy / "train.txt", ns=(0, 10**18 + 1))
+    assert (content_fingerprint(str(copy)) == fingerprint) == (size + other <= 2**28)
+    with (folder / "train.txt").open("r+b") as stream:
         stream.seek(size // 2)
         stream.write(b"x")
-    assert content_fingerprint(str(file.parent)) != fingerprint
+    assert content_fingerprint(str(folder)) != fingerprint
 
 
 def test_a_mark_of_the_byte_order_is_no_part_of_a_text(tmp_path):
