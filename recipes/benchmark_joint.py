@@ -9,7 +9,7 @@ posterior and no divergence. Both alternate on the same model. Time is the threa
 counts little; MiB are those kept for the backward pass, and state is weights, gradients and AdamW's moments.
 The first command, seed 0, commit 7151008, one thread of a two-core AVX2 machine, 108 s: 1.05, 1.00, 0.97, 0.97, 1.13, 1.09, 1.15 times
 its parts for M = 2 to 8; 197 ms for one more modality, at most 3 % off a line; 102 MiB at M = 2 (alone 102), 419 MiB at M = 8 (alone 407).
-With the default network since 9cd25bc, on a very busy machine: 1.07 to 1.44 times, 124 ms for one more modality, 44 MiB at M = 2 (alone 44).
+With the default network since 9cd25bc, on a very busy machine: 1.07 to 1.44 times, 124 ms for one more, 44 MiB at M = 2 (alone 44).
 """
 
 import json
