@@ -22,7 +22,7 @@ from torch import Tensor
 from mmvae.classifiers import labelled_coherence
 from mmvae.coherence import chunks
 from mmvae.data import Rows, TextColumn, find_column
-from mmvae.data.columns import whole
+from mmvae.data.labels import whole
 from mmvae.data.places import place
 from mmvae.data.selection import select
 from mmvae.metrics import text_scores
@@ -236,7 +236,7 @@ def check_label(model: VAE, label: str, *parts: Any, name: str = "data") -> None
         name: what the data set is called in errors.
 
     Raises:
-        ValueError: for a model without a latent, rows without that column, and labels that are neither names nor whole numbers.
+        ValueError: for a model without a latent, rows without that column, and labels that are no name, whole number or truth value.
     """
     _check_latent(model)
     for rows in parts:
@@ -252,7 +252,7 @@ def _with_label(data: Any, label: str, name: str) -> Any:
     """The rows that have a label: the same object where none lacks it."""
     values = [whole(value) for value in data[label][:]]
     for row, value in enumerate(values):
-        if value is not None and type(value) not in (str, int):
+        if value is not None and type(value) not in (str, int, bool):
             received = f"{place(data, name, row)}, field {label!r}: received {value!r:.80}"
-            raise ValueError(f"{received}, expected a name or a whole number")
+            raise ValueError(f"{received}, expected a name, a whole number or a truth value")
     return select(data, [i for i, value in enumerate(values) if value is not None]) if None in values else data

@@ -103,11 +103,11 @@ class LabelledData:
     @property
     def names(self) -> dict[str, dict]:
         """The classes' names, as a configuration wants them."""
-        return {"id2label": dict(enumerate(self.told.classes))}
+        return {"id2label": dict(enumerate(self.told.names))}
 
     def shown(self, per_class: int, seed: int) -> list[int]:
         """Numbers of the training rows that show their label: so many of each class; of 0, all that have one."""
-        shown = shown_labels(self.labels, per_class, self.told.classes, seed) if per_class else self.labels >= 0
+        shown = shown_labels(self.labels, per_class, self.told.names, seed) if per_class else self.labels >= 0
         return shown.nonzero().flatten().tolist()
 
     def rows(self, data: Any, column: Column) -> Rows:

@@ -252,7 +252,7 @@ def main() -> None:
             print(f"{count} labels per class, draw {draw}:", json.dumps({name: round(x, 4) for name, x in found[count, draw].items()}))
     figures, shown = summary(found, args.counts, args.draws)
     folder = Path(args.output_dir)
-    options = {"classes": data.told.classes} | {name: value for name, value in vars(args).items() if name not in PLACES}
+    options = {"classes": data.told.names} | {name: value for name, value in vars(args).items() if name not in PLACES}
     seconds = sum(each["seconds"] for each in found.values())
     write_metrics(folder, figures, seconds=seconds, dataset=args.dataset, hyperparameters=options)
     accuracies = {arm: {count: [found[count, draw][arm] for draw in range(args.draws)] for count in args.counts} for arm in ARMS}

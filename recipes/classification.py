@@ -133,10 +133,10 @@ def main() -> None:
     }
     shown = labels["train"] != -100
     if args.labels_per_class:
-        shown = shown_labels(labels["train"], args.labels_per_class, told.classes, args.seed)
+        shown = shown_labels(labels["train"], args.labels_per_class, told.names, args.seed)
         if not args.joint:
             data["train"], shown = select(data["train"], shown.nonzero().flatten().tolist()), shown[shown]
-    model, processor, columns = build(args, made, data["train"], told.classes)
+    model, processor, columns = build(args, made, data["train"], told.names)
     changed = augmented(columns, made.augmentation)
     read = {split: [*(changed if split == "train" else columns), told] for split in data}
     rows = {split: Rows(part, read[split], **args.rows) for split, part in data.items()}
@@ -159,9 +159,9 @@ def main() -> None:
         return classification(seen["logits"], seen["labels"]) | elbo
 
     def draw(model: LatentClassifier, figures: Path) -> dict[str, str]:
-        counts = confusion(seen["logits"].argmax(1), seen["labels"], len(told.classes))
-        confusions(counts, told.classes, figures / "confusions.png")
-        return {"Classes": table({"class": told.classes} | per_class(counts))}
+        counts = confusion(seen["logits"].argmax(1), seen["labels"], len(told.names))
+        confusions(counts, told.names, figures / "confusions.png")
+        return {"Classes": table({"class": told.names} | per_class(counts))}
 
     result = train(accelerator, args, model, loaders, transform=transform, measure=measure)
     finish(accelerator, args, model, processor, result, loaders, draw=draw, measure=measure)

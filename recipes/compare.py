@@ -203,7 +203,7 @@ def main() -> None:
                 found.setdefault((method, count), []).append(each)
                 print(f"{method}, {count or 'all'} labels per class, seed {seed}:", json.dumps({k: round(v, 4) for k, v in each.items()}))
     figures, shown = summary(found)
-    options = {"classes": data.told.classes} | {name: value for name, value in vars(args).items() if name not in PLACES}
+    options = {"classes": data.told.names} | {name: value for name, value in vars(args).items() if name not in PLACES}
     own = {} if args.vae else {"vae/seconds": vae[3]}
     seconds = sum(own.values()) + sum(each["seconds"] for runs in found.values() for each in runs)
     folder = Path(args.output_dir)

@@ -102,14 +102,14 @@ def test_training_rows_are_read_only_where_they_are_needed(accelerator, caplog):
         evaluate_by_training_rows(*given, missing, "kind")
     assert len(evaluate_by_training_rows(*given, lambda: DATA)) == 6
     lists = DATA.remove_columns("kind").add_column("kind", [["a"]] * 40)
-    with pytest.raises(ValueError, match=r"row 0, field 'kind': received \['a'\], expected a name or a whole number"):
+    with pytest.raises(ValueError, match=r"row 0, field 'kind': received \['a'\], expected a name, a whole number or a truth value"):
         evaluate_by_training_rows(*given, lambda: lists, "kind", num_generated=0)
 
 
 def test_labels_are_refused_before_any_work():
     model = translator()[0]
     shares = DATA.remove_columns("kind").add_column("kind", [None, 0.5] * 20)
-    with pytest.raises(ValueError, match="^words: row 3, field 'kind': received 0.5, expected a name or a whole number"):
+    with pytest.raises(ValueError, match="^words: row 3, field 'kind': received 0.5, expected a name, a whole number or a truth value"):
         check_label(model, "kind", DATA, select(shares, range(2, 30)), name="words")
     with pytest.raises(ValueError, match="no column 'kinds'"):
         check_label(model, "kinds", DATA)

@@ -337,7 +337,7 @@ def test_columns_are_guessed_or_listed():
 
 def test_classes_of_a_label_column():
     table = datasets.Dataset.from_dict({"name": ["b", "a", "b"], "number": [0, 2, 2], "float": [0.5, 1.0, 2.0]})
-    assert find_classes(table, "name") == ("a", "b") and find_classes(table, "number") == ("0", "1", "2")
+    assert find_classes(table, "name") == ("a", "b") and find_classes(table, "number") == (0, 2)
     with pytest.raises(ValueError, match="^data: row 0, field 'float': received 0.5, expected names alone or whole numbers alone$"):
         find_classes(table, "float")
     with pytest.raises(ValueError, match="^data: field 'none': received no value, expected names or whole numbers$"):
@@ -350,13 +350,32 @@ def test_whole_numbers_of_a_csv_file_with_empty_cells_are_classes(tmp_path):
     (tmp_path / "some.csv").write_text("text,label\n" + "".join(f"word,{'' if row % 4 == 3 else row % 3}\n" for row in range(40)))
     data = splits(str(tmp_path / "some.csv"))
     told = LabelColumn("label", find_classes(data["train"], "label"), missing=True)
-    assert told.classes == ("0", "1", "2")
+    assert told.names == ("0", "1", "2")
     kept = [row for row in range(40) if row not in data["validation"]._indices.column(0).to_pylist()]
     assert read_labels(data["train"], told).tolist() == [-100 if row % 4 == 3 else row % 3 for row in kept]
 
 
+def test_stars_and_truth_values_are_classes():
+    stars = datasets.Dataset.from_dict({"label": [5, 1, 4, None, 1, 5]})
+    told = LabelColumn("label", find_classes(stars, "label"), missing=True)
+    assert told.classes == (1, 4, 5) and told.names == ("1", "4", "5")
+    assert read_labels(stars, told).tolist() == [2, 0, 1, -100, 0, 2]
+    with pytest.raises(BadRow, match="row 0.*got 0, expected one of 1, 4, 5$"):
+        read_labels(datasets.Dataset.from_dict({"label": [0, 1]}), told, every_class=False)
+    spam = datasets.Dataset.from_dict({"label": [True, False, True]})
+    told = LabelColumn("label", find_classes(spam, "label"))
+    assert told.names == ("False", "True") and read_labels(spam, told).tolist() == [1, 0, 1]
+    with pytest.raises(BadRow, match="got 5, expected one of False, True$"):
+        read_labels(stars, told, every_class=False)
+
+
 @pytest.mark.parametrize(
-    ("label", "expected"), [(70000, "the number of a class, below 65536"), (0.5, "names alone or whole numbers alone")]
+    ("label", "expected"),
+    [
+        (70000, "the number of a class, 0 or more and below 65536"),
+        (-1, "the number of a class, 0 or more and below 65536"),
+        (0.5, "names alone or whole numbers alone"),
+    ],
 )
 def test_a_wrong_label_is_named_by_its_row_of_the_file(label, expected, tmp_path):
     (tmp_path / "some.csv").write_text("text,label\n" + "".join(f"word,{label if row == 90 else row % 3}\n" for row in range(100)))

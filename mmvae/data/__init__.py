@@ -2,8 +2,8 @@
 
 from mmvae.data.augmentation import Augmentation
 from mmvae.data.batches import Loader
-from mmvae.data.columns import Column, ImageColumn, LabelColumn, TextColumn, as_modalities
-from mmvae.data.labels import find_classes, read_labels, shown_labels
+from mmvae.data.columns import Column, ImageColumn, TextColumn, as_modalities
+from mmvae.data.labels import LabelColumn, find_classes, read_labels, shown_labels
 from mmvae.data.lines import BadRow, broken_lines
 from mmvae.data.loading import find_column, load_rows, splits
 from mmvae.data.masks import MaskColumn, on_random_colours

@@ -1,4 +1,4 @@
-r"""What a model takes from one column of a data set: pictures, text or labels.
+r"""What a model takes from one column of a data set: pictures or text; labels are in :mod:`mmvae.data.labels`.
 
 A column works in three stages: ``prepare`` turns raw values into compact arrays (decoded and resized once, tokenized
 once), ``pack`` puts the arrays of many rows into one object that is indexed with a tensor of row numbers, and
@@ -294,57 +294,3 @@ def check_text(value: Any) -> None:
         value.isascii() or value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"got a lone surrogate at character {error.start}, expected valid Unicode text") from None
-
-
-def whole(value: Any) -> Any:
-    """The number of a whole float, as which an empty cell lets all numbers of a csv column be read; anything else as it is."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-@dataclass(frozen=True)
-class LabelColumn(Column):
-    """Classes: ``labels`` (B,) int64.
-
-    Arguments:
-        name: the data set's column.
-        classes: names of the classes in the order of their numbers; a raw value may be a name or a number.
-        prefix: put before the names of the inputs: "en" gives ``en_labels``.
-        missing: whether a row may lack its label; it gets -100. Otherwise that is an error.
-
-    Raises:
-        ValueError: fewer than one class, or a name twice.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    prefix: str = ""
-    missing: bool = False
-    shape = ()
-    dtype = torch.int64
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(self.classes))
-        if not self.classes or len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"classes must be different names, at least one, got {self.classes}")
-        object.__setattr__(self, "_numbers", {name: number for number, name in enumerate(self.classes)})
-
-    def prepare(self, values: Sequence[Any]) -> list[np.ndarray]:
-        """() int64 for each label."""
-        return [np.int64(self._number(whole(value))) for value in values]
-
-    def _number(self, value: Any) -> int:
-        if value is None and self.missing:
-            return -100
-        if isinstance(value, str) and value in self._numbers:
-            return self._numbers[value]
-        if isinstance(value, int | np.integer) and not isinstance(value, bool) and 0 <= value < len(self.classes):
-            return int(value)
-        raise ValueError(f"got {value!r}, expected a number in 0...{len(self.classes) - 1} or one of {', '.join(self.classes[:20])}")
-
-    def pack(self, prepared: Sequence[np.ndarray]) -> Tensor:
-        """(N,) int64."""
-        return torch.from_numpy(np.array(prepared, np.int64))
-
-    def collate(self, packed: Tensor, keys: Tensor) -> dict[str, Tensor]:
-        """``labels`` (B,) int64."""
-        return {"labels": packed}

@@ -1,8 +1,10 @@
-r"""Labels of a data set as a whole, which single rows cannot tell: the classes, whether there is something to learn, who shows a label.
+r"""The column of labels, and what single rows cannot tell: the classes, whether there is something to learn, who shows a label.
 
-Shapes: ``N`` rows.
+Shapes: ``N`` rows, ``B`` batch.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmvae.data.columns import LabelColumn, whole
+from mmvae.data.columns import Column
 from mmvae.data.loading import features_of
 from mmvae.data.places import place
 from mmvae.data.rows import Rows
@@ -21,8 +23,69 @@ _SHOWN = 0x73686F77
 _MOST_CLASSES = 65_536  # a label beyond is no number of a class
 
 
-def find_classes(rows: Any, column: str, name: str = "data") -> tuple[str, ...]:
-    """Names of the classes of a label column: those that the data set declares, else its different values, sorted; not None.
+def whole(value: Any) -> Any:
+    """The number of a whole float, as which an empty cell lets all numbers of a csv column be read; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+@dataclass(frozen=True)
+class LabelColumn(Column):
+    """Classes: ``labels`` (B,) int64.
+
+    Arguments:
+        name: the data set's column.
+        classes: in the order of their numbers, either names, where a raw value may be a name or a number, or the raw values themselves.
+        prefix: put before the names of the inputs: "en" gives ``en_labels``.
+        missing: whether a row may lack its label; it gets -100. Otherwise that is an error.
+
+    Raises:
+        ValueError: fewer than one class, or a name twice.
+    """
+
+    name: str
+    classes: tuple[str, ...] | tuple[int, ...]
+    prefix: str = ""
+    missing: bool = False
+    shape = ()
+    dtype = torch.int64
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(self.classes))
+        if not self.classes or len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes must be different names, at least one, got {self.classes}")
+        object.__setattr__(self, "_numbers", {name: number for number, name in enumerate(self.classes)})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the classes are called."""
+        return tuple(map(str, self.classes))
+
+    def prepare(self, values: Sequence[Any]) -> list[np.ndarray]:
+        """() int64 for each label."""
+        return [np.int64(self._number(whole(value))) for value in values]
+
+    def _number(self, value: Any) -> int:
+        if value is None and self.missing:
+            return -100
+        value, kind = (int(value) if isinstance(value, np.integer) else value), type(self.classes[0])
+        if type(value) is kind and value in self._numbers:
+            return self._numbers[value]
+        if type(value) is int and kind is str and 0 <= value < len(self.classes):
+            return value
+        number = f"a number in 0...{len(self.classes) - 1} or " if kind is str else ""
+        raise ValueError(f"got {value!r}, expected {number}one of {', '.join(self.names[:20])}")
+
+    def pack(self, prepared: Sequence[np.ndarray]) -> Tensor:
+        """(N,) int64."""
+        return torch.from_numpy(np.array(prepared, np.int64))
+
+    def collate(self, packed: Tensor, keys: Tensor) -> dict[str, Tensor]:
+        """``labels`` (B,) int64."""
+        return {"labels": packed}
+
+
+def find_classes(rows: Any, column: str, name: str = "data") -> tuple[str, ...] | tuple[int, ...]:
+    """The classes of a label column: the names that the data set declares, else its different values, sorted; not None.
 
     Arguments:
         rows: what `mmvae.data.load_rows` gives.
@@ -30,10 +93,10 @@ def find_classes(rows: Any, column: str, name: str = "data") -> tuple[str, ...]:
         name: what the data set is called in errors.
 
     Returns:
-        Names in the order of their numbers.
+        What :class:`LabelColumn` takes: names, whole numbers from 0 or truth values, in the order of the numbers that they get.
 
     Raises:
-        ValueError: a stream that declares none, or values that are neither names nor numbers.
+        ValueError: a stream that declares none, or values that are none of these, or of two kinds.
     """
     feature = features_of(rows)[column]
     if isinstance(feature, datasets.ClassLabel):
@@ -43,18 +106,16 @@ def find_classes(rows: Any, column: str, name: str = "data") -> tuple[str, ...]:
     told = {row: whole(value) for row, value in enumerate(rows[column][:]) if value is not None}
     if not told:
         raise ValueError(f"{called(rows, name)}: field {column!r}: received no value, expected names or whole numbers")
-    kind = str if isinstance(next(iter(told.values())), str) else int
+    kind = type(next(iter(told.values())))
     for row, value in told.items():
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if type(value) is not kind or kind not in (str, int, bool):
             expected = "expected names alone or whole numbers alone"
-            raise ValueError(f"{place(rows, name, row)}, field {column!r}: received {value!r:.80}, {expected}")
-    if kind is str:
-        return tuple(sorted(set(told.values())))
-    row = max(told, key=told.__getitem__)
-    if told[row] >= _MOST_CLASSES:
-        expected = f"expected the number of a class, below {_MOST_CLASSES}"
-        raise ValueError(f"{place(rows, name, row)}, field {column!r}: received {told[row]}, {expected}")
-    return tuple(map(str, range(told[row] + 1)))
+        elif kind is int and not 0 <= value < _MOST_CLASSES:
+            expected = f"expected the number of a class, 0 or more and below {_MOST_CLASSES}"
+        else:
+            continue
+        raise ValueError(f"{place(rows, name, row)}, field {column!r}: received {value!r:.80}, {expected}")
+    return tuple(sorted(set(told.values())))
 
 
 def read_labels(rows: Any, column: LabelColumn, name: str = "data", *, every_class: bool = True, on_bad_row: str = "error") -> Tensor:
@@ -75,7 +136,7 @@ def read_labels(rows: Any, column: LabelColumn, name: str = "data", *, every_cla
         ValueError: fewer than two classes, one that no row has, or no row with a label.
     """
     if len(column.classes) < 2:
-        raise ValueError(f"{name}: field {column.name!r}: got the class {column.classes[0]!r} alone, expected at least 2 classes")
+        raise ValueError(f"{name}: field {column.name!r}: got the class {column.names[0]!r} alone, expected at least 2 classes")
     read = Rows(rows, column, name=f"{name}, labels" if on_bad_row == "skip" else name, on_bad_row=on_bad_row)
     labels = torch.full((len(rows),), -100)
     labels[read.numbers] = read.batch(read.numbers, read.numbers)["labels"]
@@ -83,7 +144,7 @@ def read_labels(rows: Any, column: LabelColumn, name: str = "data", *, every_cla
     if not found.any():
         raise ValueError(f"{called(rows, name)}: field {column.name!r}: got no label in {len(labels)} rows, expected at least one")
     if every_class and not found.all():
-        lacking = column.classes[int(found.argmin())]
+        lacking = column.names[int(found.argmin())]
         raise ValueError(
             f"{name}: field {column.name!r}: got 0 training rows of class {lacking!r} (of {len(labels)}), expected at least 1 of each"
         )

@@ -13,8 +13,8 @@ import datasets
 import torch
 from torch import Tensor
 
-from mmvae.data.columns import Column, LabelColumn
-from mmvae.data.labels import find_classes, read_labels, shown_labels
+from mmvae.data.columns import Column
+from mmvae.data.labels import LabelColumn, find_classes, read_labels, shown_labels
 from mmvae.data.loading import find_column
 from mmvae.data.rows import Rows
 from mmvae.data.selection import select
@@ -61,7 +61,7 @@ class PartlyLabelled(Rows):
         if repeats < 1:
             raise ValueError(f"label_repeats: received {repeats}, expected at least 1")
         known = read_labels(dataset, labels, name, on_bad_row=options.get("on_bad_row", "error"))
-        told = known >= 0 if per_class is None else shown_labels(known, per_class, labels.classes, seed)
+        told = known >= 0 if per_class is None else shown_labels(known, per_class, labels.names, seed)
         first = told.nonzero().flatten().repeat(repeats)
         self.num_told, self.num_copies = len(first), len(first) - len(first) // repeats
         order = torch.cat([first, (~told).nonzero().flatten()])
@@ -145,4 +145,4 @@ def partly_labelled(
         for split, part in data.items()
     }
     known = {option: getattr(args, option) for option in _OF_THE_MODEL}
-    return rows, {"num_classes": len(labels.classes), "id2label": dict(enumerate(labels.classes)), **known}
+    return rows, {"num_classes": len(labels.classes), "id2label": dict(enumerate(labels.names)), **known}
