@@ -228,7 +228,8 @@ class Run:
             if not whole:
                 draft.replace(path)
         except OSError as error:
-            draft.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # all names refuse where the disk can only be read
+                draft.unlink(missing_ok=True)
             self.history_whole = False
             if whole is not False:
                 warnings.warn(f"{path}: cannot be written: {error}: the run goes on, and writes it when it can", stacklevel=2)

@@ -235,6 +235,10 @@ def test_a_disk_that_refuses_the_history_is_told_once_and_ends_no_run(tmp_path):
             (tmp_path / "history.jsonl").symlink_to("/dev/full")
         if n in (1, 2):
             (tmp_path / ".history.jsonl").symlink_to("/dev/full")
+        if n == 3:
+            (tmp_path / ".history.jsonl").mkdir()  # cannot be removed either, as nothing can where a disk is only read
+        if n == 4:
+            (tmp_path / ".history.jsonl").rmdir()
 
     with pytest.warns(UserWarning, match=r"history.jsonl: cannot be written: \[Errno 28\] No space left on device") as told:
         result, _ = run(tmp_path, hook=fill, log_every=1)
