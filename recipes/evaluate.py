@@ -59,7 +59,7 @@ class EvaluationArguments:
     max_length: int = 512
     truncate: bool = False
     on_bad_row: str = field(default="skip_empty", metadata={"help": "error, skip_empty: leave out rows without any modality, or skip"})
-    most_bad_rows: float = field(default=0.01, metadata={"help": "share of bad rows beyond which --on_bad_row skip is refused"})
+    most_bad_rows: float = field(default=0.01, metadata={"help": "share of bad rows, more than one, beyond which --on_bad_row skip stops"})
     num_workers: int = field(default=0, metadata={"help": "processes that decode pictures, once where they fit in memory"})
     batch_size: int = 100
     importance_samples: int = field(default=100, metadata={"help": "per row, for the log-likelihood; 0 leaves it out"})
