@@ -43,7 +43,7 @@ _KINDS = {
 }
 _ABSENT = {"image_processor": Image.new("L", (1, 1)), "feature_extractor": np.zeros(1, np.float32)}
 _OF_TEXTS = ("input_ids", "attention_mask")  # all that a model reads of what a tokenizer gives
-ENDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_ENDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def _kind(name: str, part: Any) -> str:
@@ -65,10 +65,18 @@ def check_facts(what: str, facts: Mapping[str, tuple[Any, Any]]) -> None:
             raise ValueError(f"{what}: got {field} {got}, expected the model's, {expected}")
 
 
+def facts_of_words(tokenizer: Any, config: Any) -> dict[str, int]:
+    """What a model's configuration must say of a tokenizer, by field; this may know fewer words, and have no such special token."""
+    ends = {field: getattr(tokenizer, field) for field in _ENDS}
+    size = max(vocabulary_size(tokenizer), getattr(config, "vocab_size", None) or 0)
+    return {"vocab_size": size} | {field: number for field, number in ends.items() if number is not None}
+
+
 def _listed(values: Any, kind: str) -> Any:
-    """The values of some rows as a list, None where one is missing; what is one value, or pictures in one array, as it is."""
+    """The values of some rows as a list, None where one is missing; one value, a sound as an array too, or pictures in one as it is."""
     one = (str, bytes, Mapping, Image.Image, os.PathLike, *((Tensor, np.ndarray) if kind == "image_processor" else ()))
-    if isinstance(values, one) or not hasattr(values, "__len__"):
+    sound = kind == "feature_extractor" and isinstance(values, Tensor | np.ndarray) and values.ndim == 1 and values.dtype != object
+    if isinstance(values, one) or sound or not hasattr(values, "__len__"):
         return values
     nulls = values.isna() if hasattr(values, "isna") else [value is None for value in values]  # of pandas NaN and NA, too
     return [None if null else value for value, null in zip(values, nulls, strict=True)]
@@ -264,7 +272,7 @@ class MMVAEProcessor(ProcessorMixin):
         if self.kinds[name] == "feature_extractor":
             return {}
         if self.kinds[name] == "tokenizer":
-            facts = {"vocab_size": vocabulary_size(part)} | {field: getattr(part, field) for field in ENDS}
+            facts = facts_of_words(part, child)
         elif self.kinds[name] == "vectorizer":
             facts = {"vocabulary": part.vocabulary}
         else:

@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 from mmvae.data import Augmentation, Column, ImageColumn, Loader, Rows, TextColumn, WordCountColumn, as_modalities, find_column, texts_of
 from mmvae.experiment import image_processor, make_tokenizer
-from mmvae.joint_processing import ENDS, MMVAEProcessor, check_facts
+from mmvae.joint_processing import MMVAEProcessor, check_facts, facts_of_words
 from mmvae.models.configuration import MMVAEConfig, VAEConfig
 from mmvae.models.image_vae import ImageVAEConfig
 from mmvae.models.mmvae import MMVAE
 from mmvae.models.text_vae import TextVAEConfig
 from mmvae.models.topic_vae import TopicVAEConfig
 from mmvae.options import by_name, parse_modalities
-from mmvae.processing import RESERVED_WORDS, vocabulary_size
+from mmvae.processing import RESERVED_WORDS
 from mmvae.vectorizer import TopicVAEVectorizer
 
 _COUNTED = 256  # rows whose size is taken
@@ -228,15 +228,13 @@ def read_column(config: VAEConfig, processor: Any, name: str, *, max_length: int
 
 
 def _check(config: VAEConfig, processor: Any) -> None:
-    """Refuse a processor that writes other words or ends of sentences than a model of one modality reads; it may know fewer words."""
+    """Refuse a processor that writes other words or ends of sentences than a model of one modality reads."""
     config = getattr(config, "below", config)
     if isinstance(config, TopicVAEConfig):
         check_facts("processor", {"vocabulary": (processor.vocabulary, config.vocabulary)})
     if isinstance(config, TextVAEConfig):
-        if (size := vocabulary_size(processor)) > config.vocab_size:
-            raise ValueError(f"tokenizer: received one of {size} tokens, expected at most {config.vocab_size}, the model's vocab_size")
-        given = {name: own for name in ENDS if (own := getattr(processor, name)) is not None}  # else they are its CLS and SEP
-        check_facts("tokenizer", {name: (own, getattr(config, name)) for name, own in given.items()})
+        facts = facts_of_words(processor, config)
+        check_facts("tokenizer", {field: (own, getattr(config, field)) for field, own in facts.items()})
 
 
 def read_columns(
