@@ -29,6 +29,7 @@ from mmvae.snapshot import load_state, state_of
 
 Step = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
 _EVALUATION = 1  # keeps the random numbers of an evaluation apart from those of the step
+_LEAST_SCALE = 2**-14  # of a float16 gradient; losses of pictures in nats begin with one of about 1
 
 
 class Batches(Protocol):
@@ -92,8 +93,7 @@ class Run:
         self.started = time.monotonic()
         if self.accelerator.scaler is not None:
             self.state = {**self.state, "scaler": self.accelerator.scaler}
-        reserved = {"progress", "clock"} & set(self.state)
-        if reserved:
+        if reserved := {"progress", "clock"} & set(self.state):
             raise ValueError(f"state entry {reserved.pop()!r}: this name is taken by fit()")
         self.agreement = None
         if self.accelerator.num_processes > 1:
@@ -164,9 +164,10 @@ class Run:
             at.skipped = at.skipped + 1 if row.get("skipped") else 0
             if at.skipped:
                 self.tell_skipped(at.step - len(rows) + 1 + n, pending[n][1], not_finite[n])
-        if rows and self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() < 1:
+        scaler = self.accelerator.scaler
+        if rows and scaler is not None and scaler.get_scale() < _LEAST_SCALE:
             raise FloatingPointError(
-                f"step {at.step}: the scale of float16 gradients has shrunk to {self.accelerator.scaler.get_scale():.3g}, so they vanish: "
+                f"step {at.step}: the scale of float16 gradients has shrunk to {scaler.get_scale():.3g}, so they vanish: "
                 f"train with mixed_precision bf16 or no; the last good checkpoint is {checkpoint.newest(self.folder)[0] or 'none'}"
             )
         at.window += rows
@@ -183,7 +184,7 @@ class Run:
         where = ", ".join(f"rows {', '.join(map(str, found))} on rank {rank}" for rank, found in enumerate(named) if found)
         reason = f"step {n}: not taken, {'the loss' if of_loss else 'no loss, but a gradient'} was not finite: {where}"
         self.say(reason)
-        if self.progress.skipped >= self.max_skipped:
+        if self.progress.skipped >= self.max_skipped and (of_loss or self.accelerator.scaler is None):  # else it looks for its scale
             raise FloatingPointError(
                 f"{reason}; these are {self.progress.skipped} steps in a row; the last good checkpoint is "
                 f"{checkpoint.newest(self.folder)[0] or 'none'}"
@@ -289,8 +290,7 @@ class Run:
 
     def restore(self, resume: str | Path, allowed: set[str]) -> None:
         """Load the checkpoint to go on from, if there is one; everything is checked before anything is changed."""
-        source = self.choose(resume)
-        if source is not None:
+        if (source := self.choose(resume)) is not None:
             saved, manifest = checkpoint.load(source)
             changes = [c for c in checkpoint.compare(manifest["info"], self.info) if c.split(":")[0] not in allowed]
             if changes:

@@ -167,7 +167,7 @@ def fit(
         info: JSON that describes the run (config, batch size, ...). Resuming with other values is refused.
         allow_changes: fields of ``info`` that may differ.
         seed: ``torch.manual_seed(fold(seed, step, rank))`` is called before every step.
-        max_skipped: steps in a row that are not finite after which training stops.
+        max_skipped: steps in a row that are not finite after which training stops; of a gradient scaler, whose loss is not finite.
         on_log: called on the main process with every line of the history.
 
     Returns:
@@ -176,7 +176,7 @@ def fit(
     Raises:
         CheckpointError: no resuming from that folder; says which file and why, or which fields of ``info`` differ. Or the folder
             cannot be written, or not every rank sees it, or another process trains into it, which is waited for ten seconds.
-        FloatingPointError: ``max_skipped`` steps in a row were not finite, or a gradient scaler has shrunk below 1; names the
+        FloatingPointError: ``max_skipped`` steps in a row were not finite, or a gradient scaler has shrunk below 2^-14; names the
             step, the rows, their ranks and the last good checkpoint.
         SystemExit: after SIGTERM (143) or SIGINT (130).
     """

@@ -346,12 +346,22 @@ def test_a_gradient_that_is_not_finite_is_told_apart_from_a_loss(tmp_path, capsy
 def test_a_gradient_scaler_that_collapses_stops_the_run(tmp_path):
     """Every other step overflows, so there are never many in a row, and the scale shrinks until all gradients vanish."""
     world = Accelerator(cpu=True)
-    world.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # accelerate makes one on GPUs alone
+    world.scaler = torch.amp.GradScaler("cpu", init_scale=2**-12)  # accelerate makes one on GPUs alone
     accelerator, step, loader, arguments = make(world=world, max_steps=100, num_epochs=None, log_every=1, evaluate=None)
     arguments["state"]["model"].inner[0].weight.register_hook(lambda gradient: gradient * math.inf ** (next(count) % 4 // 2))
     count = iter(range(1000))
-    with pytest.raises(FloatingPointError, match=r"step 6: the scale of float16 gradients has shrunk to 0.5, .* bf16 .*step-00000005"):
+    with pytest.raises(FloatingPointError, match=r"step 6: the scale of float16 gradients has shrunk to 3.05e-05, .* bf16 .*step-00000005"):
         fit(accelerator, step, loader, folder=tmp_path, **arguments)
+
+
+def test_a_gradient_scaler_finds_the_scale_of_a_loss_in_nats(tmp_path):
+    """From 65,536 it comes to 1/2 by 17 steps that are not taken, as of a VAE of pictures, and goes on from there."""
+    world = Accelerator(cpu=True)
+    world.scaler = torch.amp.GradScaler("cpu")
+    accelerator, step, loader, arguments = make(world=world, max_steps=20, num_epochs=None, log_every=1, evaluate=None)
+    arguments["state"]["model"].inner[0].weight.register_hook(lambda x: x if world.scaler.get_scale() < 1 else x * math.inf)
+    result = fit(accelerator, step, loader, folder=tmp_path, **arguments, max_skipped=3)
+    assert [line["train/skipped"] for line in result.history] == [1.0] * 17 + [0.0] * 3
 
 
 def test_a_non_finite_first_step_gives_no_warning(tmp_path):
