@@ -1,7 +1,10 @@
 """The examples run, and do what they print."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,20 @@ import torch
 from PIL import Image
 from transformers import AutoModel
 
-from mmvae import MMVAE, ImageVAE, ImageVAEConfig, ImageVAEImageProcessor
+from mmvae import (
+    MMVAE,
+    ImageVAE,
+    ImageVAEConfig,
+    ImageVAEImageProcessor,
+    MMVAEConfig,
+    MMVAEProcessor,
+    TextVAE,
+    TextVAEConfig,
+    TopicVAE,
+    TopicVAEConfig,
+    TopicVAEVectorizer,
+)
+from mmvae.processing import train_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -60,6 +76,84 @@ def test_cross_modal_trains_saves_loads_and_draws(tmp_path, capsys):
     assert module.main(str(tmp_path / "run"), 0, str(tmp_path / "again")) == (true, made)
     assert (tmp_path / "again" / "cross_modal.png").is_file()
     assert "a picture of" in capsys.readouterr().out
+
+
+TOKENIZER = train_tokenizer(["a big red heart", "a small blue square"])
+IMAGE = ImageVAEConfig(image_size=8, hidden_channels=[4], latent_dim=4)
+TEXT = TextVAEConfig(vocab_size=len(TOKENIZER), embedding_size=4, hidden_size=4, latent_dim=4)
+PICTURES = ImageVAEImageProcessor(size={"height": 8, "width": 8}, num_channels=3)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Of a joint model, one of pictures and one of texts."""
+    torch.manual_seed(0)
+    joint = MMVAEConfig(modalities={"image": IMAGE, "text": TEXT}, latent_dim=3)
+    made = {"joint": (MMVAE(joint), MMVAEProcessor({"image": PICTURES, "text": TOKENIZER}))}
+    made |= {"image": (ImageVAE(IMAGE), PICTURES), "text": (TextVAE(TEXT), TOKENIZER)}
+    for name, parts in made.items():
+        for part in parts:
+            part.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("joint", {"image": None, "text": "a big heart"}),
+        ("joint", {"image": Image.new("RGB", (20, 9), "red"), "text": ""}),
+        ("image", {"": Image.new("RGB", (20, 9), "red")}),
+        ("text", {"": "a big heart"}),
+    ],
+)
+def test_the_demo_answers_what_is_given(name, given, folders):
+    player = example("demo").Player(str(folders / name))
+    nothing = dict.fromkeys(player.kinds)
+    for values in (given, nothing):
+        drawn = player.answer(values, 3, False, 0)
+        assert drawn == player.answer(values, 3, False, 0) != player.answer(values, 3, False, 1)
+        kinds = {each: str if kind == "text_vae" else Image.Image for each, kind in player.kinds.items()}
+        assert {each: {*map(type, made)} for each, made in drawn.items()} == {each: {kind} for each, kind in kinds.items()}
+        assert all(len(made) == 3 for made in drawn.values())
+    assert player.answer(given, 3, True, 0) == player.answer(given, 3, True, 1), "the likeliest needs no seed"
+    line = player.between(given, given)
+    assert all(len(made) == 8 and all(each == made[0] for each in made) for made in line.values())
+
+
+def test_the_demo_refuses_models_of_what_it_cannot_show(tmp_path):
+    module, words = example("demo"), ["big", "heart"]
+    TopicVAE(TopicVAEConfig(vocabulary=words, latent_dim=2)).save_pretrained(tmp_path / "topics")
+    TopicVAEVectorizer(words).save_pretrained(tmp_path / "topics")
+    with pytest.raises(ValueError, match="topics: received a model of topic_vae, expected pictures or texts, with a latent"):
+        module.Player(str(tmp_path / "topics"))
+
+
+PAGE = """
+import importlib.util, sys
+from gradio_client import Client
+spec = importlib.util.spec_from_file_location("demo", sys.argv[1])
+demo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(demo)
+_, url, _ = demo.page(demo.Player(sys.argv[2])).launch(prevent_thread_lock=True, quiet=True)
+client = Client(url, verbose=False)
+pictures, texts = client.predict(None, "a big heart", 3, False, 0, api_name="/make")
+print("made", len(pictures), texts.count(chr(10)) + 1)
+pictures, texts = client.predict(None, "a big heart", None, "a small square", api_name="/between")
+print("between", len(pictures))
+try:
+    client.predict(None, "a big heart", None, "", api_name="/between")
+except Exception as error:
+    print("refused", error)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is of the extra [demo]")
+def test_the_page_of_the_demo_serves_what_it_makes(folders):
+    """By HTTP, from a process of its own, as gradio leaves sockets to the end of it."""
+    command = [sys.executable, "-c", PAGE, str(EXAMPLES / "demo.py"), str(folders / "joint")]
+    told = subprocess.run(command, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}, capture_output=True, text=True, timeout=120)
+    for line in ("made 3 3", "between 8", "refused received nothing of one of them, expected something of both"):
+        assert line in told.stdout, told.stdout + told.stderr
 
 
 def test_what_readme_says_runs(tmp_path, monkeypatch):
