@@ -79,6 +79,13 @@ def test_the_network_is_what_the_fields_say_else_the_default(options, channels, 
     assert model(pictures(2, 1, *model.config.height_width)).loss.isfinite()
 
 
+@pytest.mark.parametrize(("size", "patch", "levels"), [(1792, None, 8), (1793, None, 9), (4096, None, 10), ([4, 4096], 1, 11)])
+def test_what_the_default_of_large_pictures_writes_can_be_read(size, patch, levels):
+    config = ImageVAEConfig(image_size=size, patch_size=patch)
+    assert len(config.trunk.channels) == levels
+    assert ImageVAEConfig.from_dict(config.to_dict()).trunk == config.trunk
+
+
 def test_folders_of_older_versions_keep_the_default_of_their_time(tmp_path):
     """It was named by None, and squares of pixels had no name."""
     model = ImageVAE(ImageVAEConfig(image_size=28, num_channels=1, latent_dim=3, patch_size=2)).eval()

@@ -132,8 +132,8 @@ class ImageVAEConfig(ClassVAEConfig):
         super().validate_architecture()
         if not isinstance(self.image_size, int) and len(self.image_size) != 2:
             raise ValueError(f"ImageVAEConfig.image_size: received {self.image_size!r}, expected a number or [height, width]")
-        if self.hidden_channels is not None and not 1 <= len(self.hidden_channels) <= 8:
-            raise ValueError(f"ImageVAEConfig.hidden_channels: received {self.hidden_channels!r}, expected 1 to 8 levels")
+        if self.hidden_channels is not None and not 1 <= len(self.hidden_channels) <= 11:  # the most that a default has
+            raise ValueError(f"ImageVAEConfig.hidden_channels: received {self.hidden_channels!r}, expected 1 to 11 levels")
         if self.hidden_size and self.spatial_latent:
             raise ValueError(f"ImageVAEConfig.hidden_size: received {self.hidden_size} with spatial_latent, expected 0")
         if self.likelihood == "discretized_logistic" and self.binarize != "none":
