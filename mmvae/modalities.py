@@ -115,7 +115,8 @@ def weights_by_size(model: MMVAE, rows: Rows) -> dict[str, float]:
     """Likelihood weights that make up for size: of the most values that a modality scores in a row, on average, over its own number.
 
     Values are pixels times channels, tokens, or of topics words, in the first 256 rows that have the modality, in the order of the data,
-    so they depend neither on the seed nor on the number of ranks. A modality that no row has gets none.
+    so they depend neither on the seed nor on the number of ranks. A modality that no row has, or that scores nothing in them, gets
+    none.
 
     Arguments:
         model: a joint one.
@@ -134,7 +135,7 @@ def weights_by_size(model: MMVAE, rows: Rows) -> dict[str, float]:
                 sizes[name] += values.flatten(1).sum(1).tolist()
         if min(map(len, sizes.values())) >= _COUNTED:
             break
-    means = {name: sum(found[:_COUNTED]) / len(found[:_COUNTED]) for name, found in sizes.items() if found}
+    means = {name: sum(found[:_COUNTED]) / len(found[:_COUNTED]) for name, found in sizes.items() if sum(found[:_COUNTED])}
     return {name: float(f"{max(means.values()) / mean:.3g}") for name, mean in means.items()}
 
 

@@ -4,13 +4,16 @@ import json
 import random
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from recipe_runs import TINY, end, run
 from transformers import AutoModel, AutoProcessor
 
-from mmvae import MMVAE, MMVAEProcessor
+from mmvae import MMVAE, MMVAEConfig, MMVAEProcessor, TopicVAEConfig, TopicVAEVectorizer
+from mmvae.data import Rows, WordCountColumn, as_modalities
 from mmvae.judge import Judge
+from mmvae.modalities import weights_by_size
 
 SMALL = {"image": {"image_size": 64, "hidden_channels": [2, 2, 4, 4], "norm": "none"}, "text": {"embedding_size": 8, "hidden_size": 8}}
 WORDS_SMALL = {"text": {**SMALL["text"], "source_dropout": 0.3}}
@@ -204,6 +207,15 @@ def test_automatic_weights_make_up_for_size_and_are_numbers_in_the_folder(data, 
     means = {"en": sum(tokens) / len(tokens), "words": sum(words) / len(words)}
     expected = {name: float(f"{max(means.values()) / mean:.3g}") for name, mean in means.items()}
     assert json.loads((tmp_path / "config.json").read_text())["likelihood_weights"] == expected
+
+
+def test_a_modality_that_scores_nothing_has_no_automatic_weight():
+    texts = {"many": ["red red", "blue red"], "few": ["red", "green"], "none": ["green", "green"], "absent": [None, None]}
+    vectorizer = TopicVAEVectorizer(["red", "blue"])
+    topics = TopicVAEConfig(latent_dim=2, prior="standard_normal", vocabulary=vectorizer.vocabulary)
+    columns = as_modalities({name: WordCountColumn(name, vectorizer) for name in texts})
+    rows = Rows(datasets.Dataset.from_dict(texts), columns)
+    assert weights_by_size(MMVAE(MMVAEConfig(modalities=dict.fromkeys(texts, topics))), rows) == {"many": 1, "few": 4}
 
 
 def test_two_modalities_of_one_column_are_refused_before_any_work(data, tmp_path):
