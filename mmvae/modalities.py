@@ -115,8 +115,8 @@ def weights_by_size(model: MMVAE, rows: Rows) -> dict[str, float]:
     """Likelihood weights that make up for size: of the most values that a modality scores in a row, on average, over its own number.
 
     Values are pixels times channels, tokens, or of topics words, in the first 256 rows that have the modality, in the order of the data,
-    so they depend neither on the seed nor on the number of ranks. A modality that no row has, or that scores nothing in them, gets
-    none.
+    so they do not depend on the number of ranks, and on a seed only where the rows hide modalities (``drop``). A modality that no row has,
+    or that scores nothing in them, gets none.
 
     Arguments:
         model: a joint one.
