@@ -329,6 +329,8 @@ def test_one_class_and_misspelt_arguments_are_refused():
     model = ImageVAEForImageClassification(image_config(num_labels=3))
     with pytest.raises(TypeError, match="unknown argument 'lables'; the nearest one is 'labels'"):
         model(**inputs_of(model), lables=LABELS)
+    with pytest.raises(TypeError, match="ImageVAEForImageClassification.forward: unknown argument 'inputs'"):
+        model(**inputs_of(model), inputs=2)
     joint = MMVAEForClassification(joint_config(num_labels=3))
     with pytest.raises(TypeError, match="unknown input 'lables'; the nearest one is 'labels'"):
         joint(**inputs_of(joint), lables=LABELS)

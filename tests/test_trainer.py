@@ -79,6 +79,6 @@ def test_a_stacked_model_tells_its_loss_and_takes_what_transformers_passes(tmp_p
     expected = model.eval()(**TEXT, beta=0.5).loss
     assert torch.equal(model(**TEXT, beta=0.5, token_type_ids=torch.zeros(2, 4), return_dict=False)[0], expected)
     assert torch.equal(model(TEXT["input_ids"], 0.5, attention_mask=TEXT["attention_mask"]).loss, expected)
-    for wrong, nearest in (("num_sampels", "num_samples"), ("input_idds", "input_ids")):
+    for wrong, nearest in (("num_sampels", "num_samples"), ("input_idds", "input_ids"), ("main_input", "input_ids")):
         with pytest.raises(TypeError, match=f"StackedVAE.forward: unknown argument '{wrong}'; the nearest one is '{nearest}'"):
             model(**TEXT, **{wrong: 5})

@@ -95,6 +95,7 @@ class LatentClassifier(HeadedVAE):
     def bound(
         self,
         inputs: dict[str, Any],
+        /,
         labels: Tensor | None = None,
         alpha: float | None = None,
         beta: float = 1.0,

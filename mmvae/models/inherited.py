@@ -81,5 +81,6 @@ def refuse_unknown(module: nn.Module, received: Mapping[str, Any], taken: Iterab
     """
     for name in received.keys() - FOREIGN_ARGUMENTS - set(module.condition_names):
         parameters = inspect.signature(module.forward).parameters.values()
-        known = {*module.input_names, *taken, *(each.name for each in parameters if each.kind is not each.VAR_KEYWORD)}
+        named = (each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY))
+        known = {*module.input_names, *taken, *named}
         raise TypeError(f"{type(module).__name__}.forward: unknown argument {name!r}; the nearest one is {nearest(name, known)!r}")

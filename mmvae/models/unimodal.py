@@ -57,11 +57,11 @@ class VAEModel(VAE):
         return PRIORS[self.config.prior](self.latent_shape, self.config.prior_components, self.pseudo_input_shape)
 
     @can_return_tuple
-    def forward(self, main_input: Tensor | None = None, beta: float = 1.0, *, return_loss: bool = True, **kwargs: Any) -> VAEOutput:
+    def forward(self, main_input: Tensor | None = None, /, beta: float = 1.0, *, return_loss: bool = True, **kwargs: Any) -> VAEOutput:
         """Minus the objective, and what it is made of. A model that ``Trainer`` is to read the inputs' names off spells them out.
 
         Arguments:
-            main_input: what is called ``main_input_name``, and may be given by that name.
+            main_input: what is called ``main_input_name``, and may be given by that name instead.
             return_loss: there for ``transformers.Trainer``; the loss is always returned.
             kwargs: inputs, conditions, and options of :meth:`VAE.bound` by name; what else transformers hands to every model; any other
                 name is a TypeError.
