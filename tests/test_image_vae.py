@@ -105,6 +105,13 @@ def test_folders_of_older_versions_keep_the_default_of_their_time(tmp_path):
         torch.testing.assert_close(again(pixel_values=x).loss, whole(pixel_values=x).loss)
 
 
+def test_fields_in_a_mapping_mean_what_they_do_in_a_configuration():
+    fields = {"image_size": 28, "num_channels": 1, "hidden_channels": None}
+    for given in (fields, fields | {"num_blocks": None}, fields | {"num_blocks": None, "patch_size": None}):
+        joint = MMVAEConfig(modalities={"image": {"model_type": "image_vae", **given}})
+        assert joint.modalities["image"].trunk == ImageVAEConfig(**given).trunk == ([32], 2, 4, 240)
+
+
 def test_a_spatial_latent_has_no_hidden_layer():
     with pytest.raises(StrictDataclassError, match="ImageVAEConfig.hidden_size: received 8 with spatial_latent, expected 0"):
         make(hidden_size=8, spatial_latent=True)

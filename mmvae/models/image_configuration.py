@@ -108,8 +108,13 @@ class ImageVAEConfig(ClassVAEConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """See :meth:`VAEConfig.from_dict`; a file of before ``patch_size`` that names no channels is of the default of that time."""
-        older = config_dict.get("hidden_channels", ()) is None and "patch_size" not in config_dict
+        """See :meth:`VAEConfig.from_dict`.
+
+        Files of before ``patch_size`` held a number of blocks always, and None as the channels of the default of that time: that is what
+        these two mean without a ``patch_size``, also in a mapping inside of another configuration.
+        """
+        blocks, unnamed = config_dict.get("num_blocks"), config_dict.get("hidden_channels", ()) is None
+        older = unnamed and blocks is not None and "patch_size" not in config_dict
         return super().from_dict(config_dict | {"patch_size": 2} if older else config_dict, **kwargs)
 
     @property
