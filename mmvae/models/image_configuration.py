@@ -23,7 +23,7 @@ class ImageVAEConfig(ClassVAEConfig):
         image_size: pixels per side, or [height, width]; 4 to 4,096.
         num_channels: 1 grey, 3 RGB, 4 RGBA.
         hidden_channels: channels of every level of the trunks, from the image down, each at half the size of the one before. None: the
-            default network, see :func:`mmvae.nn.default_trunk`; below 1 M parameters at up to 64 pixels.
+            default network, see :func:`mmvae.nn.default_trunk`; at most about 1 M parameters at up to 64 pixels.
         num_blocks: residual blocks per level. None here and below: as the default network has it, and beside ``hidden_channels`` 1.
         patch_size: side of the squares of pixels that the first level sees, and draws, as one; beside ``hidden_channels`` 2.
         hidden_size: width of a hidden layer between trunk and latent, both ways; beside ``hidden_channels`` 0, which is none.

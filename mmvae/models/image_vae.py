@@ -69,7 +69,7 @@ class ImageVAE(ClassVAE, TiledModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The first convolution, from 2x2 patches of pixels to features: what comes nearest to an embedding."""
+        """The first convolution, from squares of ``patch_size`` pixels a side to features: what comes nearest to an embedding."""
         return self.encoder.stem[1]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -77,7 +77,7 @@ class ImageVAE(ClassVAE, TiledModel):
         self.encoder.stem[1] = value
 
     def hidden_layers(self) -> list[nn.Module]:
-        """The stem, then the last of every level's layers: features (B, C, h, w) at every size from half the image down."""
+        """The stem, then the last of every level's layers: features (B, C, h, w), from the image's size over ``patch_size`` down."""
         blocks = self.config.trunk.num_blocks
         return [self.encoder.stem, *list(self.encoder.levels)[max(blocks - 1, 0) :: blocks + 1]]
 
