@@ -197,7 +197,7 @@ def default_trunk(side: int, patch_size: int | None = None, plain: bool = False)
     while -(-side // (patch_size * 2 ** (levels - 1))) > 7:
         levels += 1
     if patches:
-        return TrunkSizes([32, 64, 64][:levels], 2, patch_size, 240)
+        return TrunkSizes([32, 64][:levels], 2, patch_size, 240)
     return TrunkSizes([32, 64][-levels:] if levels < 3 else [*[16] * (levels - 3), 32, 64, 64], 1, patch_size)
 
 
