@@ -23,12 +23,11 @@ from torch import Tensor
 from mmvae.data import BadRow, Column, ImageColumn, Rows, as_modalities, broken_lines, load_rows, splits
 from mmvae.data.columns import Ragged, check_text
 from mmvae.data.lines import Kinds, NoneKept, read_lines
-from mmvae.data.loading import features_of, local_files
+from mmvae.data.loading import TABLES, features_of, local_files
 from mmvae.data.selection import file_row
 from mmvae.options import parse
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-TABLES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text"}
 
 
 @dataclass
@@ -129,7 +128,7 @@ def unlisted(files: dict[str, list[str]], loaded: Iterable[Any]) -> list[str]:
 def one_by_one(files: list[str]) -> tuple[list[tuple[str, Any]], list[str]]:
     """What can be read of tables of which one is damaged, each by its name, and what is wrong with the others."""
     loaded, damaged = [], []
-    for name in files if {Path(name).suffix.lower() for name in files} <= TABLES else ():
+    for name in files if {Path(name).suffix.lower() for name in files} <= TABLES.keys() else ():
         try:
             loaded.append((name, load_rows(name, on_bad_row="skip")))
         except (BadRow, ValueError) as error:

@@ -37,7 +37,7 @@ from mmvae.data.sprites import sprites
 from mmvae.data.turned import add_turns
 from mmvae.noise import fold
 
-_BUILDERS = {
+TABLES = {
     ".jsonl": "json",
     ".json": "json",
     ".csv": "csv",
@@ -46,6 +46,7 @@ _BUILDERS = {
     ".txt": "text",
     ".text": "text",
 }
+"""Endings of tables, and what `datasets` calls their kind."""
 _ALIASES = {"validation": ("validation", "valid", "val", "dev"), "train": ("train", "training"), "test": ("test", "testing")}
 _COMMON = {
     "image": ("image", "img", "picture", "pixel_values"),
@@ -130,8 +131,8 @@ def _load(dataset: str, streaming: bool, options: dict[str, Any], on_bad_row: st
     path = Path(dataset).expanduser()
     if path.exists():
         return _load_local(path, dataset, streaming, options, on_bad_row)
-    here = dataset in {*_BUILDERS.values(), "imagefolder"} and not options  # `datasets` would read the working directory
-    if dataset.startswith((".", "/", "~")) or path.suffix.lower() in _BUILDERS or here:
+    here = dataset in {*TABLES.values(), "imagefolder"} and not options  # `datasets` would read the working directory
+    if dataset.startswith((".", "/", "~")) or path.suffix.lower() in TABLES or here:
         raise FileNotFoundError(f"{dataset} does not exist, expected a file, a folder, a Hub id or 'sprites'")
     try:
         return datasets.load_dataset(dataset, streaming=streaming, **options)
@@ -173,9 +174,9 @@ def _builder(path: Path, dataset: str, options: dict[str, Any]) -> datasets.Data
     source = str(path.resolve())  # "text" is a name of `datasets` itself
     if path.is_file():
         suffix = path.suffix.lower()
-        if suffix not in _BUILDERS:
-            raise ValueError(f"{dataset} has the ending {path.suffix!r}, expected one of {', '.join(_BUILDERS)}")
-        source, tabs = _BUILDERS[suffix], {"sep": "\t"} if suffix == ".tsv" else {}
+        if suffix not in TABLES:
+            raise ValueError(f"{dataset} has the ending {path.suffix!r}, expected one of {', '.join(TABLES)}")
+        source, tabs = TABLES[suffix], {"sep": "\t"} if suffix == ".tsv" else {}
         options = {"data_files": {"train": glob.escape(str(path))}} | tabs | options
     elif source != glob.escape(source):
         raise ValueError(f"{dataset} has one of * ? [ in its path, which `datasets` takes for a pattern, expected a folder without")
@@ -199,7 +200,7 @@ def local_files(path: Path) -> dict[str, list[str]]:
 
 def _refuse_empty(files: list[Path]) -> None:
     """Name an empty table, of which `datasets` says only that something failed; files beside pictures are not tables."""
-    tables = {file.suffix.lower() for file in files} <= set(_BUILDERS)
+    tables = {file.suffix.lower() for file in files} <= TABLES.keys()
     for file in files if tables else ():
         if file.is_file() and file.stat().st_size < 4096 and not file.read_bytes().strip():
             raise ValueError(f"{file} is empty, expected rows")
