@@ -3,9 +3,9 @@
     python recipes/check_data.py --dataset path/to/data
     python recipes/check_data.py --dataset path/to/data --columns image caption --missing true
 
-Every picture of every split is decoded and every text read. A broken line of a .jsonl file is told by file, line and column; a row by its
-number from 0, field and file. Tables are read one by one where one is damaged. A picture that the ``metadata`` file beside it does not
-list and a link to nothing are told, too. The exit status is 1 where anything is wrong.
+Every picture of the training, validation and test rows is decoded and every text read. A broken line of a .jsonl file is told by file, line
+and column; a row by its number from 0, field and file. Tables are read one by one where they cannot be read together. A picture that the
+``metadata`` file beside it does not list and a link to nothing are told, too. The exit status is 1 where anything is wrong.
 """
 
 import itertools
@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 from torch import Tensor
 
-from mmvae.data import BadRow, Column, ImageColumn, Rows, as_modalities, broken_lines, load_rows, splits
+from mmvae.data import Column, ImageColumn, Rows, as_modalities, load_rows, splits
 from mmvae.data.columns import Ragged, check_text
 from mmvae.data.lines import Kinds, NoneKept, read_lines
 from mmvae.data.loading import TABLES, features_of, local_files
@@ -68,18 +68,27 @@ class Words(Column):
         return np.zeros(1, np.int32)
 
 
-def columns_of(data: Any, args: CheckArguments) -> list[Column]:
+@dataclass(frozen=True)
+class Part:
+    """Rows that are read together, by the name that errors call them, and the files that they are of."""
+
+    name: str
+    data: Any
+    files: list[str]
+
+
+def columns_of(data: Any, args: CheckArguments, name: str) -> list[Column]:
     """The columns of pictures and texts of a split."""
     features, made = features_of(data), {}
-    for name in args.columns or features:
-        if name not in features:
-            raise ValueError(f"columns: received {name!r}, expected some of {list(features)}")
-        if isinstance(features[name], datasets.Image):
-            made[name] = ImageColumn(name, 8, max_pixels=args.max_pixels)
-        elif args.columns or getattr(features[name], "dtype", "") in ("string", "large_string"):
-            made[name] = Words(name)
+    for column in args.columns or features:
+        if column not in features:
+            raise ValueError(f"{name} has no column {column!r}, expected one of {list(features)}")
+        if isinstance(features[column], datasets.Image):
+            made[column] = ImageColumn(column, 8, max_pixels=args.max_pixels)
+        elif args.columns or getattr(features[column], "dtype", "") in ("string", "large_string"):
+            made[column] = Words(column)
     if not made:
-        raise ValueError(f"{args.dataset} has no column of pictures or texts, expected some beside {list(features)}")
+        raise ValueError(f"{name} has no column of pictures or texts, expected some beside {list(features)}")
     return as_modalities(made) if args.missing else list(made.values())
 
 
@@ -88,19 +97,17 @@ def main() -> None:
     (args,) = parse(CheckArguments)
     path = Path(args.dataset).expanduser()
     files = local_files(path) if path.exists() else {}
-    lines = {split: [name for name in names if name.lower().endswith(".jsonl")] for split, names in files.items()}
-    broken = list(itertools.chain.from_iterable(map(broken_lines, lines.values())))
-    problems = dead_links(path) + broken
-    told = {split: broken_rows(names) for split, names in lines.items()} if lines == files else {}  # beside pictures they are no rows
+    problems = dead_links(path) + list(itertools.chain.from_iterable(broken_rows(names).values() for names in files.values()))
     try:
-        loaded = [(args.dataset, data) for data in splits(args.dataset, on_bad_row="skip").values()]
-        problems += unlisted(files, (data for _, data in loaded))
-    except BadRow as error:  # beside pictures, a line that is broken spoils them all
-        loaded, damaged = one_by_one(list(itertools.chain.from_iterable(files.values())))
-        problems += damaged or [str(error)] * (not broken)
-    for name, data in loaded:
-        already = told.get(str(getattr(data, "split", None)), ())
-        problems += [why for row, why in bad_rows(data, columns_of(data, args), name) if row not in already]
+        read = splits(args.dataset, on_bad_row="skip").values()
+        parts = [Part(args.dataset, data, files.get(str(getattr(data, "split", None)), [])) for data in read]
+    except ValueError as error:  # of one file, or of them all, as beside pictures a line that is broken spoils them all
+        parts, damaged = one_by_one(list(itertools.chain.from_iterable(files.values())))
+        problems += damaged
+        why = str(error).removeprefix(f"{args.dataset}: ")
+        problems += [str(error)] * (not any(why in told for told in problems))
+    problems += unlisted(parts) + list(itertools.chain.from_iterable(bad_rows(part, args) for part in parts))
+    problems = list(dict.fromkeys(problems))  # a file may be of two splits
     print(*problems, sep="\n")
     print(f"{len(problems)} problems" if problems else "nothing is wrong")
     sys.exit(bool(problems))
@@ -112,46 +119,49 @@ def dead_links(folder: Path) -> list[str]:
     return [f"{path}: leads to {os.readlink(path)}, which does not exist" for path in links]
 
 
-def unlisted(files: dict[str, list[str]], loaded: Iterable[Any]) -> list[str]:
+def unlisted(parts: list[Part]) -> list[str]:
     """Pictures that lie beside a ``metadata`` file which does not list them, so that they are no rows."""
-    if not any(Path(name).stem == "metadata" for names in files.values() for name in names):
+    files = dict.fromkeys(itertools.chain.from_iterable(part.files for part in parts))
+    if not any(Path(name).stem == "metadata" for name in files):
         return []
     listed = set()
-    for data in loaded:
+    for data in (part.data for part in parts):
         for column in (name for name, feature in features_of(data).items() if isinstance(feature, datasets.Image)):
             values = data.select_columns([column]).cast_column(column, datasets.Image(decode=False))
             listed |= {os.path.abspath(row[column]["path"]) for row in values if row[column] and row[column]["path"]}
-    found = dict.fromkeys(name for names in files.values() for name in names if Path(name).suffix.lower() in PICTURES)
+    found = (name for name in files if Path(name).suffix.lower() in PICTURES)
     return [f"{name}: is not listed in the metadata file beside it" for name in found if os.path.abspath(name) not in listed]
 
 
-def one_by_one(files: list[str]) -> tuple[list[tuple[str, Any]], list[str]]:
-    """What can be read of tables of which one is damaged, each by its name, and what is wrong with the others."""
-    loaded, damaged = [], []
+def one_by_one(files: Iterable[str]) -> tuple[list[Part], list[str]]:
+    """What can be read of tables of which one is damaged, and what is wrong with the others."""
+    read, damaged = [], []
     for name in files if {Path(name).suffix.lower() for name in files} <= TABLES.keys() else ():
         try:
-            loaded.append((name, load_rows(name, on_bad_row="skip")))
-        except (BadRow, ValueError) as error:
+            read.append(Part(name, load_rows(name, on_bad_row="skip"), [name]))
+        except ValueError as error:
             damaged.append(str(error))
-    return loaded, damaged
+    return read, damaged
 
 
-def broken_rows(files: Iterable[str]) -> set[int]:
-    """The rows that broken lines of some files of a split become, numbered through all of them."""
+def broken_rows(files: Iterable[str]) -> dict[int, str]:
+    """What is wrong with broken lines of the ``.jsonl`` files of a split, by the rows that they become, numbered through those files."""
     kinds: Kinds = {}
-    lines = itertools.chain.from_iterable(read_lines(file, kinds) for file in files)
-    return {number for number, (_, row) in enumerate(lines) if isinstance(row, str)}
+    lines = ((file, *line) for file in files if file.lower().endswith(".jsonl") for line in read_lines(file, kinds))
+    return {row: f"{file}: line {number}, {why}" for row, (file, number, why) in enumerate(lines) if isinstance(why, str)}
 
 
-def bad_rows(data: Any, columns: list[Column], name: str) -> list[tuple[int, str]]:
-    """What is wrong with the rows of a split, with their numbers in the file."""
+def bad_rows(part: Part, args: CheckArguments) -> list[str]:
+    """What is wrong with the rows of a part, but for those that broken lines of its own became."""
     try:
-        bad = Rows(data, columns, name=name, memory_limit=0, on_bad_row="skip").bad
+        bad = Rows(part.data, columns_of(part.data, args, part.name), name=part.name, memory_limit=0, on_bad_row="skip").bad
     except NoneKept as error:
         bad = error.bad
-    except ValueError as error:  # of the split as a whole
-        return [(-1, str(error))]
-    return [(file_row(data, row), told) for row, told in sorted(bad.items())]
+    except ValueError as error:  # of the part as a whole
+        return [str(error)]
+    lines = all(name.lower().endswith(".jsonl") for name in part.files)  # beside pictures they are no rows
+    told = broken_rows(part.files) if lines else {}
+    return [why for row, why in sorted(bad.items()) if file_row(part.data, row) not in told]
 
 
 if __name__ == "__main__":

@@ -205,11 +205,11 @@ def captioned(folder, count=6):
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def checked(path, capsys, monkeypatch):
+def checked(path, capsys, monkeypatch, *options):
     """What check_data.py prints of a data set."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
     check_data = importlib.import_module("check_data")
-    monkeypatch.setattr(sys, "argv", ["check_data.py", "--dataset", str(path)])
+    monkeypatch.setattr(sys, "argv", ["check_data.py", "--dataset", str(path), *options])
     with pytest.raises(SystemExit):
         check_data.main()
     return capsys.readouterr().out
@@ -283,6 +283,35 @@ def test_a_damaged_table_hides_no_other(tmp_path, capsys, monkeypatch):
     told = checked(folder, capsys, monkeypatch)
     assert "train.csv: row 1, field 'text': got an empty cell" in told and "\n3 problems" in told
     assert all(f"{split}.csv: Error tokenizing data" in told for split in ("validation", "test"))
+    (folder / "test.csv").write_text("")
+    told = checked(folder, capsys, monkeypatch)
+    assert "train.csv: row 1, field 'text': got an empty cell" in told and "\n3 problems" in told
+    assert "validation.csv: Error tokenizing data" in told and "test.csv is empty, expected rows" in told
+
+
+@pytest.mark.parametrize("columns", [(), ("--columns", "text")])
+def test_tables_of_other_columns_hide_no_row(tmp_path, capsys, monkeypatch, columns):
+    folder = in_two(tmp_path / "data", ["text,m", "w1,1", ",2"], ["n", "1"], "csv")
+    told = checked(folder, capsys, monkeypatch, *columns)
+    assert "train-00000-of-00002.csv: row 1, field 'text': got an empty cell" in told and "\n3 problems" in told
+    assert f"{folder}: Couldn't cast" in told
+    assert f"train-00001-of-00002.csv {'has no column' if columns else 'has no column of pictures or texts'}" in told
+
+
+def test_a_broken_line_is_told_once(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "w1"}\n{"text" oh\n{"text": null}\n')
+    (folder / "test.json").write_text('[{"text": "w1"}]')
+    told = checked(folder, capsys, monkeypatch)
+    assert "train.jsonl: line 2, column 9" in told and "train.jsonl: row 2, field 'text': got an empty cell" in told
+    assert "\n2 problems" in told
+    (folder / "test.json").unlink()
+    files = "".join(f"  - split: {split}\n    path: train.jsonl\n" for split in ("train", "validation", "test"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: mine\n  data_files:\n{files}---\n")
+    told = checked(folder, capsys, monkeypatch)
+    assert told.count("train.jsonl: line 2, column 9") == 1 and "data, test: row 2, field 'text': got an empty cell" in told
+    assert "\n4 problems" in told
 
 
 def test_pictures_that_are_not_listed_and_dead_links_are_told(tmp_path, capsys, monkeypatch):
@@ -292,6 +321,14 @@ def test_pictures_that_are_not_listed_and_dead_links_are_told(tmp_path, capsys, 
     told = checked(tmp_path / "data", capsys, monkeypatch)
     assert "more.png: is not listed in the metadata file" in told
     assert "gone.png: leads to /nowhere.png, which does not exist" in told and "\n2 problems" in told
+
+
+def test_pictures_of_splits_that_are_not_read_are_not_told(tmp_path, capsys, monkeypatch):
+    for split in ("train", "extra"):
+        captioned(tmp_path / "data" / split)
+    files = "".join(f"  - split: {split}\n    path: {split}/*\n" for split in ("train", "extra"))
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n- config_name: mine\n  data_files:\n{files}---\n")
+    assert "nothing is wrong" in checked(tmp_path / "data", capsys, monkeypatch)
 
 
 def test_an_evaluation_refuses_too_many_bad_rows_and_counts_them(tmp_path, monkeypatch):
