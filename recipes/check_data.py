@@ -11,13 +11,14 @@ and column; a row by its number from 0, field and file. Tables are read one by o
 import itertools
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from pyarrow import compute
 from torch import Tensor
 
 from mmvae.data import Column, ImageColumn, Rows, as_modalities, load_rows, splits
@@ -124,13 +125,21 @@ def unlisted(parts: list[Part]) -> list[str]:
     files = dict.fromkeys(itertools.chain.from_iterable(part.files for part in parts))
     if not any(Path(name).stem == "metadata" for name in files):
         return []
-    listed = set()
-    for data in (part.data for part in parts):
-        for column in (name for name, feature in features_of(data).items() if isinstance(feature, datasets.Image)):
-            values = data.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-            listed |= {os.path.abspath(row[column]["path"]) for row in values if row[column] and row[column]["path"]}
+    tables = ((features_of(part.data), part.data.with_format("arrow")[:]) for part in parts)
+    listed = {os.path.abspath(name) for features, table in tables for name in pictures(features, table.to_struct_array()) if name}
     found = (name for name in files if Path(name).suffix.lower() in PICTURES)
     return [f"{name}: is not listed in the metadata file beside it" for name in found if os.path.abspath(name) not in listed]
+
+
+def pictures(feature: Any, values: Any) -> Iterator[str | None]:
+    """The files of the pictures that a column's values hold, also those in lists and mappings."""
+    if isinstance(feature, datasets.Image):
+        yield from compute.struct_field(values, "path").to_pylist()
+    elif isinstance(feature, datasets.List | datasets.LargeList):
+        yield from pictures(feature.feature, compute.list_flatten(values))
+    elif isinstance(feature, dict):
+        for name, inner in feature.items():
+            yield from pictures(inner, compute.struct_field(values, name))
 
 
 def one_by_one(files: Iterable[str]) -> tuple[list[Part], list[str]]:

@@ -323,12 +323,17 @@ def test_pictures_that_are_not_listed_and_dead_links_are_told(tmp_path, capsys, 
     assert "gone.png: leads to /nowhere.png, which does not exist" in told and "\n2 problems" in told
 
 
-def test_pictures_of_splits_that_are_not_read_are_not_told(tmp_path, capsys, monkeypatch):
+def test_pictures_of_a_list_and_of_splits_that_are_not_read_are_not_told(tmp_path, capsys, monkeypatch):
     for split in ("train", "extra"):
         captioned(tmp_path / "data" / split)
     files = "".join(f"  - split: {split}\n    path: {split}/*\n" for split in ("train", "extra"))
     (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n- config_name: mine\n  data_files:\n{files}---\n")
     assert "nothing is wrong" in checked(tmp_path / "data", capsys, monkeypatch)
+    captioned(tmp_path / "lists" / "train")
+    lines = [json.dumps({"images_file_names": [f"{row}.png", f"{row + 1}.png"], "text": f"w{row}"}) for row in (0, 2)]
+    (tmp_path / "lists" / "train" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    told = checked(tmp_path / "lists", capsys, monkeypatch)
+    assert [f"{row}.png: is not listed" in told for row in range(6)] == [False] * 4 + [True] * 2 and "\n2 problems" in told
 
 
 def test_an_evaluation_refuses_too_many_bad_rows_and_counts_them(tmp_path, monkeypatch):
