@@ -26,6 +26,7 @@ from mmvae.data import (
     TextColumn,
     find_column,
     load_rows,
+    places,
     read_labels,
     shown_labels,
     texts_of,
@@ -161,6 +162,18 @@ def test_a_bad_row_of_several_tables_is_told_with_its_file(tmp_path, ending):
         Rows(data, TextColumn("text", tokenizer("w1")), name=name)
     with pytest.raises(BadRow, match=r"^mine: row 3, field"):
         Rows(data, TextColumn("text", tokenizer("w1")), name="mine")
+
+
+def test_files_are_read_once_for_the_places_of_rows_and_only_where_they_say_more(tmp_path):
+    path = broken(tmp_path, ['{"text": "w1", "n": 1}', '{"text": null, "n": 2}'])
+    name = in_two(tmp_path / "two", ['{"text": "w1", "n": 1}'], ['{"text": "w1", "n": 2}', '{"text": null, "n": 3}'])
+    for source, told in ((str(path), "row 1"), (name, "row 2 (train-00001-of-00002.jsonl: line 2)")):
+        data, misses = load_rows(source), places._files.cache_info().misses
+        for columns in (["text"], ["text", "n"]):
+            assert places.place(data.select_columns(columns), source, len(data) - 1) == f"{source}: {told}"
+        assert places._files.cache_info().misses == misses + 1
+    assert [file.name for file, *_ in places._files(name, "train", 3, False)] == [f"train-0000{n}-of-00002.jsonl" for n in (0, 1)]
+    assert places._files(str(path), "train", 2, False) == []
 
 
 @pytest.mark.parametrize("on_bad_row", ["error", "skip_empty"])

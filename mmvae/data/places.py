@@ -24,7 +24,8 @@ def place(dataset: Any, name: str, row: int) -> str:
     if isinstance(dataset, datasets.IterableDataset):
         return f"{told} of the stream"
     if isinstance(dataset, datasets.Dataset):
-        files = _files(name, str(dataset.split or "train"), dataset.data.num_rows, dataset._fingerprint)
+        skipped = dataset.builder_name is None  # not read by `datasets`, which stops at a broken line
+        files = _files(name, str(dataset.split or "train"), dataset.data.num_rows, skipped)
         for file, count, broken in files:
             if number < count:
                 lines = file.suffix.lower() == ".jsonl"
@@ -36,18 +37,20 @@ def place(dataset: Any, name: str, row: int) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _files(name: str, split: str, num_rows: int, fingerprint: str) -> list[tuple[Path, int, dict[int, str]]]:
-    """The local files of a split, how many rows each has, and its broken lines by their row; none where they are not those of the rows."""
+def _files(name: str, split: str, num_rows: int, skipped: bool) -> list[tuple[Path, int, dict[int, str]]]:
+    """The local files of a split, how many rows each has, and its broken lines by their row, if these were skipped.
+
+    No files where there is no more to tell than the row's number, or where they are not those of the rows.
+    """
     path, kinds, found = Path(name).expanduser(), {}, []
     try:
-        for file in map(Path, local_files(path).get(split, ()) if path.exists() else ()):
-            broken = {}
-            if file.suffix.lower() == ".jsonl":
-                lines = list(enumerate(row if isinstance(row, str) else None for _, row in read_lines(file, kinds)))
-                broken, count = {n: why for n, why in lines if why}, len(lines)
-            else:
-                count = _count(file)
-            found.append((file, count, broken))
+        files = [Path(file) for file in local_files(path).get(split, ())] if path.exists() else []
+        if len(files) == 1 and not (skipped and files[0].suffix.lower() == ".jsonl"):
+            return []
+        for file in files:
+            lines = enumerate(row for _, row in read_lines(file, kinds)) if skipped and file.suffix.lower() == ".jsonl" else ()
+            broken = {number: row for number, row in lines if isinstance(row, str)}
+            found.append((file, _count(file), broken))
     except (OSError, ValueError, csv.Error, pyarrow.ArrowException):  # a name that is no data set's, or files that changed since
         return []
     return found if sum(count for _, count, _ in found) == num_rows else []
@@ -57,6 +60,9 @@ def _count(file: Path) -> int:
     """How many rows a table holds."""
     if file.suffix.lower() == ".parquet":
         return parquet.read_metadata(file).num_rows
+    if file.suffix.lower() == ".jsonl":
+        with file.open("rb") as stream:
+            return max((number for number, line in enumerate(stream, 1) if line.strip()), default=0)
     if file.suffix.lower() not in (".csv", ".tsv", ".txt", ".text"):
         raise ValueError(f"{file}: received no table, expected one")
     table = file.suffix.lower() in (".csv", ".tsv")
