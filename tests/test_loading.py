@@ -333,6 +333,9 @@ def test_columns_are_guessed_or_listed():
     assert find_column(datasets.Dataset.from_dict({"note": ["a"], "caption": ["b"]}), "text") == "caption"
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"title": "a", "pixels": Image.new("L", (2, 2))}]))
     assert find_column(stream, "text") == "title" and find_column(stream, "image") == "pixels"
+    for kind, name in (("text", "caption"), ("label", "labels")):
+        with pytest.raises(ValueError, match=rf"found no {kind} column; name one of: n \(int64\); flatten nested columns first: {name}$"):
+            find_column(datasets.Dataset.from_dict({name: [["a", "b"]], "n": [1]}), kind)
 
 
 def test_classes_of_a_label_column():

@@ -279,7 +279,7 @@ def find_column(rows: Any, kind: str, name: str | None = None) -> str:
             raise ValueError(f"no {'plain ' * (name in nested)}column {name!r}, expected one of: {listed}")
         return name
     fitting = [column for column, feature in features.items() if _fits(feature, kind)]
-    common = [column for column in _COMMON[kind] if column in (fitting or features)]
+    common = [column for column in _COMMON[kind] if column in (fitting or features.keys() - set(nested))]
     if len(fitting) == 1 or common:
         return common[0] if common else fitting[0]
     found = f"several {kind} columns" if fitting else f"no {kind} column"
