@@ -154,8 +154,8 @@ def labelled_coherence(
     Returns:
         The figures of :func:`mmvae.coherence.class_coherence`; ``<modality>/classifier_accuracy``, of pictures among the real ``rows``.
     """
-    classes = find_classes(known, label)
-    classes += tuple(name for name in find_classes(data, label) if name not in classes)
+    classes = find_classes(known, label, rows.name)
+    classes += tuple(name for name in find_classes(data, label, rows.name) if name not in classes)
     told = LabelColumn(label, classes)
     labels, known_labels = ([int(number) for number in told.prepare(list(part[label]))] for part in (data, known))
     classifiers: dict[str, Callable[[Any], Tensor]] = {}
