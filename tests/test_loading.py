@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -386,6 +388,57 @@ def test_a_wrong_label_is_named_by_its_row_of_the_file(label, expected, tmp_path
     assert len(train) < 100, "rows before it are held out"
     with pytest.raises(ValueError, match=f"^some.csv: row 90, field 'label': received {label}, expected {expected}$"):
         find_classes(train, "label", "some.csv")
+
+
+def configurations(folder):
+    """A folder of two configurations."""
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "rows.txt").write_text("".join(f"{name} {row}\n" for row in range(40)))
+    card = "---\nconfigs:\n- config_name: a\n  data_files: a/rows.txt\n- config_name: b\n  data_files: b/rows.txt\n---\n"
+    (folder / "README.md").write_text(card)
+    return folder
+
+
+def test_one_of_several_configurations(tmp_path):
+    folder = configurations(tmp_path / "data")
+    for streaming in (False, True):
+        rows = list(splits(f"{folder}:b", streaming=streaming)["train"])
+        assert len(rows) > 30 and {row["text"][0] for row in rows} == {"b"}
+        with pytest.raises(ValueError, match="data has the configurations 'a', 'b', expected one of them behind it, .*data:NAME$"):
+            splits(str(folder), streaming=streaming)
+    with pytest.raises(ValueError, match=r"'c' not found. Available: \['a', 'b'\]"):
+        splits(f"{folder}:c")
+    with pytest.raises(FileNotFoundError, match="rows.txt:b"):
+        splits(f"{folder / 'a' / 'rows.txt'}:b")
+
+
+FROM_THE_HUB = """
+import os, sys
+from localhub import LocalHub
+os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_local_alice", "HF_HOME": sys.argv[1], "HF_HUB_OFFLINE": "0"}
+with LocalHub() as hub:
+    os.environ["HF_ENDPOINT"] = hub.url
+    from huggingface_hub import HfApi
+    from mmvae.data import splits
+    HfApi().create_repo("alice/two", repo_type="dataset")
+    HfApi().upload_folder(repo_id="alice/two", repo_type="dataset", folder_path=sys.argv[2])
+    for streaming in (False, True):
+        print(next(iter(splits("alice/two:b", streaming=streaming)["train"])))
+    try:
+        splits("alice/two")
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_one_of_several_configurations_of_the_hub(tmp_path):
+    script = [sys.executable, "-c", FROM_THE_HUB, str(tmp_path / "home"), str(configurations(tmp_path / "data"))]
+    env = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
+    env |= {"NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent)
+    told = "alice/two has the configurations 'a', 'b', expected one of them behind it, alice/two:NAME"
+    assert done.stdout.splitlines() == ["{'text': 'b 0'}", "{'text': 'b 0'}", told], done.stderr
 
 
 def test_sprites_by_name():

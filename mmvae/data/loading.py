@@ -10,6 +10,7 @@ r"""Any data set by one name: the built-in sprites, a local file or folder, or a
 | a folder                                 | pictures (`imagefolder` layout), or jsonl, csv, tsv, parquet or text files, one per split |
 | a file                                   | that file as the split "train"                                                          |
 | anything else                            | an id on the Hub                                                                        |
+| ``NAME:CONFIGURATION``                   | of a folder or an id that has several configurations, that one                          |
 
 A name that exists on disk is never looked up on the Hub. Nothing is written beside the data: `datasets` keeps what it
 makes of it in its own cache. It also says which files of a folder are data, of which split, by their names or by the data
@@ -128,11 +129,21 @@ def _load(dataset: str, streaming: bool, options: dict[str, Any], on_bad_row: st
     if dataset.startswith("turned:") and not Path(dataset).exists():
         upright = _load(dataset.removeprefix("turned:"), streaming, options, on_bad_row)
         return {split: add_turns(rows, split, find_column(rows, "image")) for split, rows in upright.items()}
-    path = Path(dataset).expanduser()
-    if path.exists():
-        return _load_local(path, dataset, streaming, options, on_bad_row)
+    path, (name, _, configuration) = Path(dataset).expanduser(), dataset.rpartition(":")
+    if name and not path.exists() and not Path(name).expanduser().is_file():
+        return _load(name, streaming, options | {"name": configuration}, on_bad_row)
+    try:
+        return _load_local(path, dataset, streaming, options, on_bad_row) if path.exists() else _load_remote(dataset, streaming, options)
+    except ValueError as error:
+        if not str(error).startswith("Config name is missing"):
+            raise
+        found = str(error).split("[")[-1].split("]")[0]
+        raise ValueError(f"{dataset} has the configurations {found}, expected one of them behind it, {dataset}:NAME") from error
+
+
+def _load_remote(dataset: str, streaming: bool, options: dict[str, Any]) -> dict[str, Any]:
     here = dataset in {*TABLES.values(), "imagefolder"} and not options  # `datasets` would read the working directory
-    if dataset.startswith((".", "/", "~")) or path.suffix.lower() in TABLES or here:
+    if dataset.startswith((".", "/", "~")) or Path(dataset).suffix.lower() in TABLES or here:
         raise FileNotFoundError(f"{dataset} does not exist, expected a file, a folder, a Hub id or 'sprites'")
     try:
         return datasets.load_dataset(dataset, streaming=streaming, **options)
