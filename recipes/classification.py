@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from mmvae.charts import confusions
 from mmvae.data import LabelColumn, Rows, find_classes, find_column, read_labels, shown_labels, splits
+from mmvae.data.labels import check_told
 from mmvae.data.selection import select
 from mmvae.evaluation import binarization, evaluate_elbo, model_inputs, predict
 from mmvae.experiment import RunArguments, finish, make_loaders, parse, start, train
@@ -131,15 +132,17 @@ def main() -> None:
         split: read_labels(part, told, args.dataset, every_class=split == "train", on_bad_row=args.on_bad_row)
         for split, part in data.items()
     }
-    shown = labels["train"] != -100
+    known = labels["train"]
     if args.labels_per_class:
-        shown = shown_labels(labels["train"], args.labels_per_class, told.names, args.seed)
+        shown = shown_labels(known, args.labels_per_class, told.names, args.seed)
+        known = known.where(shown, -100)
         if not args.joint:
-            data["train"], shown = select(data["train"], shown.nonzero().flatten().tolist()), shown[shown]
+            data["train"], known = select(data["train"], shown.nonzero().flatten().tolist()), known[shown]
     model, processor, columns = build(args, made, data["train"], told.names)
     changed = augmented(columns, made.augmentation)
     read = {split: [*(changed if split == "train" else columns), told] for split in data}
     rows = {split: Rows(part, read[split], **args.rows) for split, part in data.items()}
+    check_told(rows["train"], known, told.names, args.labels_per_class)
     loaders = make_loaders(accelerator, args, rows)
     model.freeze(args.head_only).train()
     if not args.joint:
@@ -148,7 +151,7 @@ def main() -> None:
     binarize = binarization(getattr(model.config, "binarize", "none")) if args.joint else None
 
     def transform(batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
-        hidden = ~shown.to(batch["row"].device)[batch["row"]]
+        hidden = (known < 0).to(batch["row"].device)[batch["row"]]
         return (binarize(batch, keys) if binarize else batch) | {"labels": batch["labels"].masked_fill(hidden, -100)}
 
     seen: dict[str, Tensor] = {}

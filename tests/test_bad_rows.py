@@ -454,6 +454,12 @@ def test_a_damaged_picture_does_not_tell_a_class():
         PartlyLabelled(data, column, LabelColumn("label", ("a", "b")), per_class=1, seed=seed, **options)
 
 
+def test_a_class_of_which_all_rows_are_left_out_is_named():
+    data, labels = datasets.Dataset.from_dict({"text": ["w1", None], "label": ["a", "b"]}), LabelColumn("label", ("a", "b"))
+    with pytest.raises(ValueError, match=r"^mine: row 1, .*empty cell.*, expected a good row of class 'b', of which none is left$"):
+        PartlyLabelled(data, TextColumn("text", tokenizer("w1")), labels, name="mine", on_bad_row="skip_empty")
+
+
 def test_the_label_of_a_row_without_any_modality_is_not_looked_at():
     data = datasets.Dataset.from_dict({"text": ["w1", None, "w1"], "label": ["a", None, "b"]})
     columns = [TextColumn("text", tokenizer("w1"), modality="text"), LabelColumn("label", ("a", "b"))]

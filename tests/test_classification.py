@@ -186,6 +186,23 @@ def test_bad_labels_are_named_before_the_first_step(labels, options, message, tm
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (["ice", None, "sun", "sun", None, None], ["--labels_per_class", "3"], "expected a good one among the rows that tell their"),
+        (["ice sun", None], [], r"row 1, .*got an empty cell.*, expected a good row of class 'y', of which none is left"),
+        (["ice sun", None], ["--joint", "true"], "expected a good row of class 'y', of which none is left"),
+    ],
+)
+def test_rows_without_text_do_not_tell_a_class(rows, options, message, tmp_path):
+    labels = "xxxyyy" if len(rows) > 2 else "xy"
+    for split, texts in (("train", rows), ("validation", ["ice"] * len(rows))):
+        lines = (json.dumps({"text": text, "label": label}) + "\n" for text, label in zip(texts, labels, strict=True))
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    with pytest.raises(ValueError, match=message):
+        run("classification", ["--dataset", str(tmp_path), *TEXT, *options, "--output_dir", str(tmp_path / "out")])
+
+
 def test_a_class_that_training_does_not_know_is_named(tmp_path):
     for split, labels in (("train", "ab"), ("validation", "ac")):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": "ice", "label": label}) + "\n" for label in labels))

@@ -180,6 +180,30 @@ def shown_labels(labels: Tensor, per_class: int, classes: tuple[str, ...], seed:
     return shown
 
 
+def check_told(rows: Rows, told: Tensor, classes: tuple[str, ...], per_class: int | None = None) -> None:
+    """Refuse rows of which some that tell their label are left out where that matters.
+
+    Arguments:
+        rows: what is trained on.
+        told: (N,) int64, the labels of all its rows, -100 where none is told.
+        classes: their names.
+        per_class: how many rows of each class were chosen, by :func:`shown_labels`; None where all tell their label.
+
+    Raises:
+        ValueError: a chosen row is left out, or all rows of a class are.
+    """
+    spoilt = [row for row in rows.bad if told[row] >= 0]
+    kept = told[rows.numbers]
+    counts = kept[kept >= 0].bincount(minlength=len(classes))
+    if spoilt and per_class:
+        expected = "a good one among the rows that tell their class: leave it out of the data, or take another seed of the labels"
+        raise ValueError(f"{rows.bad[spoilt[0]]}, expected {expected}")
+    if spoilt and not counts.all():
+        lacking = int(counts.argmin())
+        first = next((rows.bad[row] for row in spoilt if told[row] == lacking), rows.bad[spoilt[0]])
+        raise ValueError(f"{first}, expected a good row of class {classes[lacking]!r}, of which none is left")
+
+
 def spread_labels(features: Tensor, labels: Tensor, neighbours: int = 15, least: float = 0.5) -> Tensor:
     r"""Labels of rows without one, spread over a graph of nearest neighbours: :math:`F = (1 - a) (I - a D^{-1/2} W D^{-1/2})^{-1} Y`.
 

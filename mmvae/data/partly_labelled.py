@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmvae.data.columns import Column
-from mmvae.data.labels import LabelColumn, find_classes, read_labels, shown_labels
+from mmvae.data.labels import LabelColumn, check_told, find_classes, read_labels, shown_labels
 from mmvae.data.loading import find_column
 from mmvae.data.rows import Rows
 from mmvae.data.selection import select
@@ -40,7 +40,7 @@ class PartlyLabelled(Rows):
 
     Raises:
         BadRow: a label that is no class.
-        ValueError: a stream, repeats below 1, or a class that lacks rows.
+        ValueError: a stream, repeats below 1, or a class that lacks rows, also because bad ones are left out.
     """
 
     def __init__(
@@ -65,13 +65,11 @@ class PartlyLabelled(Rows):
         first = told.nonzero().flatten().repeat(repeats)
         self.num_told, self.num_copies = len(first), len(first) - len(first) // repeats
         order = torch.cat([first, (~told).nonzero().flatten()])
-        self._labels = spread(known.where(told, -100))[order]
+        known = known.where(told, -100)
+        self._labels = spread(known)[order]
         super().__init__(select(dataset, order.tolist()), columns, name=name, **options)
-        spoilt = [row for row in self.bad if row < self.num_told]
-        if spoilt and per_class is not None:
-            expected = "a good one among the rows that tell their class: leave it out of the data, or take another label_seed"
-            raise ValueError(f"{self.bad[spoilt[0]]}, expected {expected}")
-        self.num_told -= len(spoilt)
+        check_told(self, known[order], labels.names, per_class)
+        self.num_told -= sum(row < self.num_told for row in self.bad)
 
     def batch(self, rows: Tensor, keys: Tensor, values: Any = None) -> dict[str, Tensor]:
         """Inputs of some rows; see `Rows.batch`."""
