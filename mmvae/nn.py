@@ -139,7 +139,7 @@ class ConvEncoder(nn.Module):
         self.norm = NORMS[norm](channels[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, channels[-1], h, w), channels last in memory: twice as fast on a CPU without gradients, and never slower."""
+        """(B, C, H, W) -> (B, channels[-1], h, w), channels last in memory: on a CPU a tenth faster without gradients, else as fast."""
         x = x.contiguous(memory_format=torch.channels_last)
         return F.silu(self.norm(self.levels(self.stem(x))))
 
