@@ -72,6 +72,7 @@ _USAGE["mmvae"] = """\
 made = model.sample(4)  # one of each of {modalities} that belong together, new ones, by name
 inputs = processor({first}=[...], return_tensors="pt")  # any of the modalities, by name
 made = model.generate("{last}", **inputs)  # what is missing, from whatever is given
+latents = model.posterior(**inputs).mixture.mean  # (B, D), of whatever is given
 nearest = model.retrieve(inputs, processor({last}=[...], return_tensors="pt"))  # and back
 """
 

@@ -110,6 +110,8 @@ def evaluate(accelerator: Accelerator, name: str, args: EvaluationArguments) -> 
     joint, transform = isinstance(model, MMVAE), None
     if args.label:  # before hours of work
         check_label(model, args.label, data, load_rows(args.dataset, on_bad_row=args.on_bad_row), name=args.dataset)
+        if getattr(model.config, "num_classes", 0) or "Classification" in (model.config.architectures or [""])[0]:
+            accelerator.print(f"{name} tells classes itself, how well says its metrics.json: probe/ is of a new linear classifier")
     reading = {"max_length": args.max_length, "truncate": args.truncate}
     columns = read_columns(model, processor, data, args.modalities, args.column, **reading)
     if isinstance(columns[0], ImageColumn) and not joint:

@@ -47,7 +47,7 @@ class JointArguments:
     text_column: str | None = field(default=None, metadata={"help": "column of the only text modality"})
     vaes: str = field(
         default=json.dumps({"image": IMAGE, "text": TEXT}),
-        metadata={"help": "configuration of each modality, by its name or kind, as all that follows by name"},
+        metadata={"help": "configuration of each modality, by its name or kind, as all that follows by name; replaces the default of all"},
     )
     private_dims: str = field(default='{"image": 2}', metadata={"help": "size of the latents that a modality keeps to itself, by its name"})
     tokenizer: str = field(default="whitespace", metadata={"help": "whitespace, bpe, or the id or path of a pretrained one"})

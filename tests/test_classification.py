@@ -138,7 +138,7 @@ def two_languages(tmp_path_factory) -> str:
     return write(tmp_path_factory.mktemp("languages"), row)
 
 
-def test_modalities_and_labels_that_rows_lack(two_languages, tmp_path):
+def test_modalities_and_labels_that_rows_lack(two_languages, tmp_path, capsys):
     shape = {"text": {"embedding_size": 8, "hidden_size": 8, "latent_dim": 4}}
     options = [*TINY, "--label", "kind", "--joint", "true", "--dataset", two_languages, "--output_dir", str(tmp_path)]
     options += ["--modalities", "en:text,de:text", "--vaes", json.dumps(shape), "--mmvae", '{"aggregation": "poe"}']
@@ -147,6 +147,9 @@ def test_modalities_and_labels_that_rows_lack(two_languages, tmp_path):
     assert model.modalities == ("en", "de") and model.config.id2label == {0: "cold", 1: "warm"} and model.config.classifier_alpha == 100
     assert {"accuracy", "reconstruction_nats_de"} < figures_of(tmp_path).keys()
     assert "from mmvae import MMVAEForClassification" in (tmp_path / "README.md").read_text()
+    probe = ["--model", str(tmp_path), "--dataset", two_languages, "--split", "validation", "--label", "kind", "--importance_samples", "0"]
+    run("evaluate", [*probe, "--num_generated", "0", "--conditional_samples", "0"])
+    assert "tells classes itself, how well says its metrics.json: probe/ is of a new linear classifier" in capsys.readouterr().out
     again = [*TINY, "--label", "kind", "--joint", "true", "--dataset", two_languages, "--vae", str(tmp_path), "--modalities"]
     assert run("classification", [*again, "en:text,de:text", "--num_epochs", "1", "--output_dir", str(tmp_path / "again")])["exit"] == 0
 

@@ -160,7 +160,7 @@ class JointGeneration(VAE):
 
         Arguments:
             queries, candidates: inputs of any modalities, B and N rows: pictures and sentences, for example.
-            num_results: of each query, at most N.
+            num_results: of each query; all N where there are fewer.
             reference: rows of the queries' kind, some hundreds, which may be the queries. What a candidate overlaps with these is
                 subtracted, see :func:`crowding`, so that one that is near to everything does not come first everywhere.
 
@@ -168,6 +168,7 @@ class JointGeneration(VAE):
             (B, num_results) int64, numbers of candidates, best first.
         """
         a, b = self._moments_of(queries), self._moments_of(candidates)
+        num_results = min(num_results, len(b.loc))
         crowd = 0.0 if reference is None else crowding(self._moments_of(reference), b)
         return torch.cat([(overlap(part, b) - crowd).topk(num_results, 1).indices for part in parts_of(a, len(b.loc))])
 
