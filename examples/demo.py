@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from transformers import AutoModel, AutoProcessor
@@ -21,7 +22,7 @@ from mmvae.models.base import seeded
 from mmvae.processing import decode_text
 
 PICTURE, TEXT = ImageVAEConfig.model_type, TextVAEConfig.model_type
-STEPS = 8
+STEPS, MOST, LONGEST = 8, 32, 1000
 
 
 class Player:
@@ -91,12 +92,14 @@ def page(player: Player) -> Any:
     """Two tabs, a ``gradio.Blocks``: what the model makes of what is given, and what lies between two."""
     import gradio
 
+    Image.MAX_IMAGE_PIXELS = 8_000_000  # beyond twice as many Pillow refuses what a stranger sends, before it is decoded
+
     def fields(which: str = "") -> list[Any]:
         """One for each modality, which may stay empty."""
         return [
             gradio.Image(label=(name or "picture") + which, type="pil", height=200)
             if kind == PICTURE
-            else gradio.Textbox(label=(name or "text") + which)
+            else gradio.Textbox(label=(name or "text") + which, max_length=LONGEST)
             for name, kind in player.kinds.items()
         ]
 
@@ -113,11 +116,13 @@ def page(player: Player) -> Any:
         return values if len(values) > 1 else values[0]
 
     def row(values: Any) -> dict[str, Any]:
+        if any(isinstance(value, str) and len(value) > LONGEST for value in values):
+            raise gradio.Error(f"received a text of more than {LONGEST} characters")
         return dict(zip(player.kinds, values, strict=True))
 
     def answer(*values: Any) -> Any:
         *given, number, likeliest, seed = values
-        return told(player.answer(row(given), int(number), likeliest, int(seed)))
+        return told(player.answer(row(given), min(int(number), MOST), likeliest, int(seed)))
 
     def between(*values: Any) -> Any:
         start, end = row(values[: len(player.kinds)]), row(values[len(player.kinds) :])
@@ -125,13 +130,13 @@ def page(player: Player) -> Any:
             raise gradio.Error("received nothing of one of them, expected something of both")
         return told(player.between(start, end))
 
-    with gradio.Blocks(title="mmvae") as blocks:
+    with gradio.Blocks(title="mmvae", delete_cache=(3600, 3600)) as blocks:
         with gradio.Tab("Make"):
             gradio.Markdown("Give any of it, or nothing.")
             with gradio.Row():
                 given = fields()
             with gradio.Row():
-                number = gradio.Slider(1, 32, STEPS, step=1, label="how many")
+                number = gradio.Slider(1, MOST, STEPS, step=1, label="how many")
                 likeliest = gradio.Checkbox(label="the likeliest instead of draws")
                 seed = gradio.Number(0, label="seed", precision=0)
             button = gradio.Button("Make", variant="primary")
@@ -150,4 +155,4 @@ def page(player: Player) -> Any:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", default=os.environ.get("MODEL", "outputs/demo"), help="model folder or Hub id")
-    page(Player(parser.parse_args().model)).launch()
+    page(Player(parser.parse_args().model)).launch(max_file_size="10mb")

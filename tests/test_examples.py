@@ -130,7 +130,7 @@ def test_the_demo_refuses_models_of_what_it_cannot_show(tmp_path):
 
 PAGE = """
 import importlib.util, sys
-from gradio_client import Client
+from gradio_client import Client, handle_file
 spec = importlib.util.spec_from_file_location("demo", sys.argv[1])
 demo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(demo)
@@ -144,15 +144,27 @@ try:
     client.predict(None, "a big heart", None, "", api_name="/between")
 except Exception as error:
     print("refused", error)
+for given in ((handle_file(sys.argv[3]), ""), (None, 2000 * "a")):
+    try:
+        client.predict(*given, 3, False, 0, api_name="/make")
+        print("answered what is too large")
+    except Exception as error:
+        print("refused, too:", "more than 1000 characters" in str(error) or "raised an exception" in str(error))
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is of the extra [demo]")
 def test_the_page_of_the_demo_serves_what_it_makes(folders):
     """By HTTP, from a process of its own, as gradio leaves sockets to the end of it."""
-    command = [sys.executable, "-c", PAGE, str(EXAMPLES / "demo.py"), str(folders / "joint")]
+    Image.new("L", (5000, 4000)).save(folders / "bomb.png")
+    command = [sys.executable, "-c", PAGE, str(EXAMPLES / "demo.py"), str(folders / "joint"), str(folders / "bomb.png")]
     told = subprocess.run(command, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}, capture_output=True, text=True, timeout=120)
-    for line in ("made 3 3", "between 8", "refused received nothing of one of them, expected something of both"):
+    for line in (
+        "made 3 3",
+        "between 8",
+        "refused received nothing of one of them, expected something of both",
+        2 * "refused, too: True\n",
+    ):
         assert line in told.stdout, told.stdout + told.stderr
 
 
