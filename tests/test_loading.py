@@ -407,6 +407,11 @@ def test_one_of_several_configurations(tmp_path):
         assert len(rows) > 30 and {row["text"][0] for row in rows} == {"b"}
         with pytest.raises(ValueError, match="data has the configurations 'a', 'b', expected one of them behind it, .*data:NAME$"):
             splits(str(folder), streaming=streaming)
+    before = content_fingerprint(f"{folder}:b")
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    assert content_fingerprint(f"{copied}:b") == before != content_fingerprint(f"{copied}:a")
+    (folder / "b" / "rows.txt").write_text("c\n" * 40)
+    assert content_fingerprint(f"{folder}:b") != before
     with pytest.raises(ValueError, match=r"'c' not found. Available: \['a', 'b'\]"):
         splits(f"{folder}:c")
     with pytest.raises(FileNotFoundError, match="rows.txt:b"):

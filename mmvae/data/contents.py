@@ -22,8 +22,12 @@ def content_fingerprint(name: str, rows: Any = None) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    digest = hashlib.sha256(name.encode() if not Path(name).exists() else b"")
-    path = Path(name).expanduser()
+    path, (folder, _, configuration) = Path(name).expanduser(), name.rpartition(":")
+    if folder and not path.exists() and Path(folder).expanduser().is_dir():
+        path = Path(folder).expanduser()
+        digest = hashlib.sha256(configuration.encode())
+    else:
+        digest = hashlib.sha256(name.encode() if not Path(name).exists() else b"")
     shown = (file for file in sorted(path.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(path).parts))
     files = [file for file in shown if file.is_file()] if path.is_dir() else [path] * path.is_file()
     found = [(file, file.stat()) for file in files]
